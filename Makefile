@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Programs as users compile them; tests/conftest.py has the others compiled without most optimizations.
 OPTIMIZED = JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=
 
-.PHONY: quickstart test tests test-all torture coverage mutants lint docs assets help
+.PHONY: quickstart test tests test-all torture coverage mutants lint docs wheel assets help
 
 quickstart: $(VENV)/installed  ## install, then fine-tune the embedded model on the embedded stories
 	$(VENV)/bin/python -m jaxft.train --config configs/quickstart.py --workdir $(WORKDIR)
@@ -42,10 +42,14 @@ coverage: $(VENV)/installed-dev  ## the lines of jaxft that `make test` runs, su
 mutants: $(VENV)/installed-dev  ## thirty faults, put into a copy one at a time: does `make test` notice?
 	$(VENV)/bin/python scripts/mutants.py
 
-lint: $(VENV)/installed-dev  ## style and types
+lint: $(VENV)/installed-dev  ## style, types and prose
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python --summary=none
+	$(VENV)/bin/python scripts/prose.py
+
+wheel: $(VENV)/installed-dev  ## build an sdist, and a wheel from it, into dist/
+	$(VENV)/bin/python -m build --no-isolation
 
 docs: $(VENV)/installed-docs  ## build the documentation site into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict

@@ -24,8 +24,7 @@ from children import ROOT
 T = 512
 NAMES = {
   "jaxft": "jaxft: read, check, tokenise, write with checksums, lay out",
-  "datasets": "`datasets.map(batched=True)`: tokenise, then group into blocks "
-  "(what run_clm.py does)",
+  "datasets": "`datasets.map(batched=True)`: tokenise, then group into blocks (as run_clm.py does)",
 }
 
 
@@ -57,7 +56,7 @@ def main() -> None:
     lines = [
       f"{versions}. {arguments.stories:,} generated stories ({size / 1e6:,.0f} MB of JSONL, "
       f"{tokens:.1f} M tokens of GPT-2's own BPE), rows of {T} tokens, cold caches, best of three "
-      "runs that took turns; each run is a process of its own.",
+      "runs that took turns; each run is a separate process.",
       "",
       "| | seconds | tokens/s | peak memory |",
       "|---|---|---|---|",
@@ -80,8 +79,8 @@ def main() -> None:
     dropped = best["jaxft"]["rows"] - best["datasets"]["rows"]
     lines += [
       "",
-      f"**{ratio:.2f} times as fast.** The peer drops what does not fill a last block of each "
-      f"batch ({dropped} rows here); jaxft drops nothing.",
+      f"**{ratio:.2f} times as fast.** The peer drops the tokens that do not fill the last "
+      f"block of each batch ({dropped} rows here); jaxft drops no tokens.",
       "",
       f"The loader, shuffled rows to the host, on one core: {', '.join(speeds)}.",
     ]

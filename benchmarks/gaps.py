@@ -110,7 +110,7 @@ def put(args: argparse.Namespace, found: list[Busy], device: str) -> None:
     busy=[it.share for it in found],
     told=text,
   )
-  picture_of = f"![{args.steps} steps one after the other, with the waits between them]({name})"
+  picture_of = f"![{args.steps} consecutive steps, and the waits between them]({name})"
   what = f"between programs, {args.model} on {page.where(device)}"
   page.put(what, "benchmarks/gaps.py", f"{about}\n\n{picture_of}", device)
 

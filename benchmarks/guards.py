@@ -120,8 +120,8 @@ def main() -> None:
     "| | a step | of a step |",
     "|---|---|---|",
     f"| without guards | {bare:.2f} s | (the turns differ by {100 * spread:.0f} %) |",
-    "| with the look over gradients, weights and optimizer state, and the update that depends on "
-    f"it | {median['guarded']:.2f} s | {share(median['guarded'] - bare)} |",
+    "| with the check of gradients, weights and optimizer state, and the conditional update "
+    f"| {median['guarded']:.2f} s | {share(median['guarded'] - bare)} |",
     f"| a line of metrics | {1000 * log_seconds:.2f} ms | {share(log_seconds)} |",
     f"| checksums of a checkpoint, once in {every} steps | {1000 * sums / every:.1f} ms | "
     f"{share(sums / every)} |",

@@ -1,10 +1,10 @@
-"""docs/parity.md: how far jaxft is from transformers in torch, for every published size.
+"""Write docs/parity.md: jaxft against transformers in torch, for every published size.
 
   python benchmarks/parity.py
 
-Random weights of the published shapes, float32, on the CPU. A model whose training does not fit in
-memory beside its own reference loses layers, never width. Each framework runs in a process of its
-own; files carry the numbers between them.
+Random weights of the published shapes, float32, on the CPU. If a model and its reference do not fit
+in memory together, the model loses layers, never width. Each framework runs in a separate process;
+files carry the numbers between them.
 """
 
 import argparse
@@ -26,38 +26,37 @@ T, PADDING, STEPS, STEP_T = 300, 43, 10, 64  # longer than GPT-Neo's window of 2
 RATE, DECAY, EPS = 1e-3, 0.1, 1e-6
 HEADER = """# Parity with transformers
 
-jaxft against transformers in torch, the same random weights, float32, on a CPU. Made by `python \
-benchmarks/parity.py`
-on {date} with {versions}, on {machine}; it took {minutes} minutes.
+This page compares jaxft with transformers in torch: the same random weights, float32, on a CPU. \
+`python benchmarks/parity.py`
+made it on {date} with {versions}, on {machine}. It took {minutes} minutes.
 
 | model | layers | parameters | rounding | logits | left padding | right padding | loss | \
 gradient | AdamW | AdamW, table |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 FOOTER = """
-- **rounding**: torch's own, the largest absolute difference between the logits of transformers in \
-float32 and in float64 with
-  the same weights. It is what float32 can promise for a model: GPT-Neo does not scale its \
-attention scores, so the softmax of a
-  wide one with random weights is close to a hard choice, and rounding grows from layer to layer.
-- **logits**: largest absolute difference over 2 x {T} tokens, beside the largest absolute logit. \
-With padding, {padding} tokens
-  of a row are padding and the real ones count.
-- **loss**: absolute difference of the mean loss, about 10.8 nats.
-- **gradient**: of every leaf, the largest difference relative to the largest entry of that leaf; \
-the table has the worst
-  leaf.
-- **AdamW**: largest absolute difference of any weight after {steps} steps of 2 x {step_t} tokens \
-at a learning rate of
-  {rate} falling to 0, decay {decay}, eps {eps}, gradients clipped to a norm of 1. The token table \
-has a column of its own:
-  most of its rows are in no batch, their gradients are sums that nearly cancel, and Adam divides \
-what rounding leaves by its
-  own size. GPT-J's head is such a table too, and is among the weights. GPT-2's key biases are \
-left out: they move no softmax,
-  so all of their gradient is rounding.
-- **layers**: fewer than published where ten steps of both frameworks would not fit into {memory} \
-GiB.
+- **layers**: fewer than published if ten steps of both frameworks would not fit into {memory} GiB.
+- **rounding**: torch's rounding error, the largest absolute difference between the logits of \
+transformers in float32 and in
+  float64 with the same weights. It is the precision that float32 allows for a model. GPT-Neo \
+does not scale its attention scores. With random
+  weights, the softmax of a wide GPT-Neo is close to a hard choice, and rounding grows from layer \
+to layer.
+- **logits**: the largest absolute difference over 2 x {T} tokens, and the largest absolute \
+logit. With padding, {padding} tokens
+  of a sequence are padding, and only the real ones count.
+- **loss**: the absolute difference of the mean loss, which is about 10.8 nats.
+- **gradient**: the largest difference in a leaf, relative to the largest entry of that leaf. The \
+table has the worst leaf.
+- **AdamW**: the largest absolute difference of any weight after {steps} steps of 2 x {step_t} \
+tokens. The learning rate falls from
+  {rate} to 0, decay is {decay}, eps {eps}, and gradients are clipped to a norm of 1. GPT-2's key \
+biases are left out: they do not
+  change the softmax, so their gradient is only rounding.
+- **AdamW, table**: the same for the token table. Most of its rows are in no batch, and their \
+gradients are sums that nearly cancel.
+  Adam divides the remaining rounding error by its own size. GPT-J's head is also such a table, \
+but is counted with the weights.
 """
 
 

@@ -32,7 +32,7 @@ def main() -> None:
   args = parser.parse_args()
   cfg = dataclasses.asdict(model_config.from_hf_config(PUBLISHED[args.model]).with_dropout(0.0))
   lines = [
-    "| `memory.remat` | peak | beside weights, optimizer and gradient | computed / needed |",
+    "| `memory.remat` | peak | on top of weights, optimizer and gradient | computed / needed |",
     "|---|---|---|---|",
   ]
   with Compiler() as compiler:
@@ -57,8 +57,8 @@ def main() -> None:
   about = (
     f"{datetime.date.today()}, jax {importlib.metadata.version('jax')}: {args.model} on "
     f"{args.device}, {args.rows} x {args.length} tokens, {answer['compute_dtype']}, AdamW, no "
-    "dropout. Needed is (6 P + 12 L N H T) x tokens (PaLM, appendix B), which counts attention to "
-    "later tokens too; what is computed does not."
+    "dropout. Needed FLOPs are (6 P + 12 L N H T) x tokens (PaLM, appendix B). They count "
+    "attention to later tokens too; computed FLOPs do not."
   )
   page.put(
     f"memory against arithmetic, {args.model}",

@@ -75,7 +75,7 @@ def table(found: dict[str, list[Line]], device: str) -> str:
   )
   columns = ["", "tokens/s", "to Trainer's best", *(["MFU"] if at_peak else []), "peak memory"]
   columns += (
-    ["first step"] if settings["filled_caches"] else ["first step, caches empty", "and filled"]
+    ["first step"] if settings["filled_caches"] else ["first step, empty caches", "filled caches"]
   )
   lines = [
     about(first, len(found["jaxft"]), device),
@@ -111,7 +111,7 @@ def about(line: Line, turns: int, device: str) -> str:
     f"{line['versions']}. {it['model']}, {it['rows']} x {it['length']} tokens, {precision}, AdamW, "
     f"dropout {it['dropout']:g}; jaxft with `memory.remat={it['remat']}`, Trainer with {again}; "
     f"medians of {turns} turns of {it['steps']} steps, in brackets the slowest and fastest. First "
-    f"step: how long after the command it is over, {caches}."
+    f"step: seconds from the command to its end, {caches}."
   )
 
 

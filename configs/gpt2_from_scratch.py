@@ -1,18 +1,18 @@
-"""A GPT-2 of your own, from nothing: your text, your tokenizer, new weights.
+"""A new GPT-2: your text, your tokenizer, new weights.
 
     python -m jaxft.tokenizer --data my_texts/ --vocab_size 16384 --out my_tokenizer
     python -m jaxft.train --config configs/gpt2_from_scratch.py --config.data.train=my_texts/
     python -m jaxft.plan --config configs/gpt2_from_scratch.py --device rtx4090 \\
       --config.model.path=gpt2   # without either
 
-my_tokenizer/config.json is that of GPT-2 124M: change n_embd, n_layer and n_head for another size.
-Weights are drawn as GPT-2's were, 0.02 wide, and those that add to the residual stream 0.02 /
-sqrt(2 x layers).
+my_tokenizer/config.json is that of GPT-2 124M. For another size, change n_embd, n_layer and n_head
+in it. Weights are drawn as GPT-2's were: 0.02 wide, or 0.02 / sqrt(2 x layers) if they add to the
+residual stream.
 
 Hardware   one 24 GB GPU: 6.1 GiB with GPT-2's own vocabulary (XLA's own analysis, jax 0.10.2,
-           2026-11-22; not yet run on one)
-Expect     not measured yet at this size. The eval loss must fall far below that of single tokens,
-           some 7 nats, within the first hundreds of steps
+           2026-11-22; not yet run on one).
+Expect     not measured yet at this size. Within the first hundreds of steps, the eval loss must
+           fall far below that of single tokens, some 7 nats.
 """
 
 from jaxft import config

@@ -5,14 +5,14 @@
       --num_return_sequences 5
     python -m jaxft.plan --config configs/gpt2_jokes.py --device rtx3070   # needs no card
 
-A row of jokes.csv has the joke in the column Joke; --config.data.text_column names another.
+jokes.csv has the joke in the column Joke. --config.data.text_column names another column.
 
 Hardware   one 8 GB GPU: 3.2 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on
-           one)
-Ends       when the eval loss has not fallen in three evaluations, at the latest after 20 passes
-Watch      "memorised_8grams" of each sample in samples.jsonl: the share of its runs of 8 tokens
-           that stand in the training text. A model that tells the jokes it has read is near 1
-Expect     not measured yet: it needs the weights and a GPU
+           one).
+Ends       after three evaluations without a lower eval loss, and after 20 passes at the latest.
+Watch      "memorised_8grams" of each sample in samples.jsonl: the share of its 8-token sequences
+           that occur in the training text. A model that recites jokes is near 1.
+Expect     not measured yet: it needs the weights and a GPU.
 """
 
 from jaxft import config
@@ -25,7 +25,7 @@ def get_config():
   c.data.train = ("jokes.csv",)
   c.data.text_column = "Joke"
   c.data.validation_fraction = 0.1
-  c.data.layout = "pack"  # a joke sees no other
+  c.data.layout = "pack"  # jokes do not see each other
   c.data.sequence_length = 128
 
   c.train.epochs = 20.0
@@ -45,7 +45,7 @@ def get_config():
   c.train.sample_tokens = 60
 
   c.optim.learning_rate = 3e-5
-  c.optim.schedule = "constant"  # where the run ends is not known before
+  c.optim.schedule = "constant"  # the last step is not known in advance
   c.optim.warmup_steps = 100
   c.optim.weight_decay = 0.1
   return c

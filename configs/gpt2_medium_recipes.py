@@ -1,4 +1,4 @@
-"""Recipes with marks of their own: GPT-2 medium (355M), one recipe a row, three passes.
+"""Recipes with special tokens: GPT-2 medium (355M), one recipe per sequence, three passes.
 
     python -m jaxft.tokenizer --model gpt2-medium \\
       --add "<|title|>" "<|ingredients|>" "<|steps|>" --out gpt2_medium_with_marks
@@ -8,17 +8,18 @@
     python -m jaxft.plan --config configs/gpt2_medium_recipes.py \\
       --config.model.path=gpt2-medium --device rtx3070
 
-A special token comes before each part. The first command writes the model with three more tokens:
-their rows in the table begin as the mean of all rows. A row of recipes.jsonl is {"text":
-"<|title|>Pancakes<|ingredients|>2 eggs, ...<|steps|>Whisk ..."}. In training the end token comes
-before each row, as after another text; so it should before a prompt.
+A special token precedes each part. The first command writes the model with three more tokens. Their
+rows in the table start as the mean of all rows. A row of recipes.jsonl is {"text":
+"<|title|>Pancakes<|ingredients|>2 eggs, ...<|steps|>Whisk ..."}. In training the end token precedes
+each sequence, as after another text. It should precede a prompt too.
 
 Hardware   one 8 GB GPU: 6.9 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on
-           one)
-Rows       at most 180 tokens, cut short beyond; a tenth is held out. --config.data.layout=pack puts
-           several into a row, which do not see each other: less padding, the same loss
+           one).
+Sequences  at most 180 tokens, longer ones are truncated; a tenth is held out.
+           --config.data.layout=pack puts several recipes into a sequence, which do not see each
+           other: less padding, the same loss.
 Expect     not measured yet: it needs the weights and a GPU. Each part should follow its mark, and
-           the text end by itself
+           the text should end by itself.
 """
 
 from jaxft import config

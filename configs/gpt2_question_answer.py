@@ -5,15 +5,15 @@
       --prompt "Question: What is a noun? Answer:"
     python -m jaxft.plan --config configs/gpt2_question_answer.py --device rtx3070   # needs no card
 
-A row has a question and an answer; --config.data.prompt_column and --config.data.completion_column
-name other columns, and --config.data.template says how they are put together.
+A row has a question and an answer. --config.data.prompt_column and --config.data.completion_column
+name other columns. --config.data.template joins them.
 
 Hardware   one 8 GB GPU: 3.3 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on
-           one)
+           one).
 Expect     not measured yet: it needs the weights and a GPU. Answers should end by themselves,
-           before --max_new_tokens
-Keeps      a model forgets what it does not see: --config.data.unrelated=other_text.txt is evaluated
-           before and after
+           before --max_new_tokens.
+Forgets    a model forgets text that it does not see. --config.data.unrelated=other_text.txt is
+           evaluated before and after.
 """
 
 from jaxft import config

@@ -5,14 +5,14 @@
       --data hub:stanfordnlp/imdb:test
     python -m jaxft.plan --config configs/gpt2_reviews_classification.py --device rtx3070
 
-Your own: any .csv, .jsonl or .parquet with a text and a label, --config.data.train=reviews.csv
---config.data.validation= --config.data.text_column=... --config.data.label_column=...; the empty
-validation has 5 % of these rows held out instead.
+For your own reviews, use any .csv, .jsonl or .parquet with a text and a label:
+--config.data.train=reviews.csv --config.data.validation= --config.data.text_column=...
+--config.data.label_column=... With the empty validation, 5 % of these rows are held out instead.
 
 Hardware   one 8 GB GPU: 3.1 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on
-           one)
-Expect     not measured yet: it needs the hub and a GPU. Look at eval/accuracy and eval/f1 before
-           and after
+           one).
+Expect     not measured yet: it needs the hub and a GPU. Compare eval/accuracy and eval/f1 before
+           and after.
 """
 
 from jaxft import config

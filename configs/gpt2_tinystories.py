@@ -8,19 +8,17 @@ Without a network: --config.model.path=FOLDER_OF_GPT2 --config.data.train=storie
 names the column).
 
 Hardware   one 24 GB GPU: the step needs 4.3 GiB (XLA's own analysis for an H100, jax 0.10.2,
-           2026-11-22; not yet run on one). Less: --config.train.micro_batch_size=8 3.3 GiB, =4 with
-           --config.memory.remat=full 2.7 GiB
-Length     100,000 stories are about 22 M tokens: some 1,350 steps of 32 x 512 tokens
-Expect     not measured yet: it needs the hub and a GPU. Look at the eval loss before and after, and
-           whether the completions stay with the child and the animal they began with
+           2026-11-22; not yet run on one). --config.train.micro_batch_size=8 needs 3.3 GiB, and =4
+           with --config.memory.remat=full 2.7 GiB.
+Length     100,000 stories are about 22 M tokens: some 1,350 steps of 32 x 512 tokens.
+Expect     not measured yet: it needs the hub and a GPU. Compare the eval loss before and after. The
+           completions should keep the child and the animal they began with.
+Tracker    metrics.jsonl has load, memory, disk, network and GPU power. The flag
+           --config.tracking.writers=mlflow sends them to MLflow too (docs/trackers.md).
 
-Tracker    load, memory, disk, network and GPU power go into metrics.jsonl;
-           --config.tracking.writers=mlflow is the one flag for MLflow, which gets them too
-           (docs/trackers.md)
-
-Compared with the usual recipe (AdamW, 5e-5, batch 8, padded rows): rows are packed, so no token of
-a batch is padding; the batch is larger and the rate with it; a cosine with a warm-up, because one
-pass ends while a linear decay is still moving.
+The usual recipe is AdamW, 5e-5, batch 8, padded sequences. Here sequences are packed, so no token
+of a batch is padding. The batch and the learning rate are larger. The schedule is a cosine with a
+warm-up, because one pass ends while a linear decay is still moving.
 """
 
 from jaxft import config
@@ -58,6 +56,6 @@ def get_config():
 
   c.tracking.system_metrics = True
 
-  # 50,257 logits a token: whole, they would be the largest array of the step.
+  # 50,257 logits per token: without chunks they would be the largest array of the step.
   c.memory.loss_chunk = 128
   return c

@@ -1,6 +1,6 @@
 """Prompts with Darth Vader's answers: GPT-2 124M, "Question: ... Answer: ..." lines, three passes.
 
-The loss is on all of a line.
+The loss covers the whole line.
 
     python -m jaxft.train --config configs/gpt2_vader_speak.py
     python -m jaxft.generate --workdir runs/gpt2_vader_speak \\
@@ -12,15 +12,15 @@ Without a network: --config.model.path=FOLDER_OF_GPT2 --config.data.train=pairs.
 {"prompt": ..., "response": ...}.
 
 Hardware   one 16 GB GPU such as a T4: 2.2 GiB of 13.9 (XLA's own analysis, jax 0.10.2, 2026-11-29;
-           not yet run on one)
-Rows       one line a row of at most 128 tokens, cut short beyond; the end token after a line is
-           learned too. 5 % is held out
-Expect     not measured yet: it needs the hub and a GPU. A question is answered with his breathing
-           in brackets, [kkshhhh]; the second prompt, which is no question, should go on as it did
-           before
+           not yet run on one).
+Sequences  one line each, of at most 128 tokens; longer lines are truncated. The end token after a
+           line is learned too. 5 % is held out.
+Expect     not measured yet: it needs the hub and a GPU. The answer to a question should have his
+           breathing in brackets, [kkshhhh]. The second prompt is not a question, so its completion
+           should change little.
 
-The rest is as transformers' TrainingArguments have it: AdamW, 5e-5 falling in a line to 0 without a
-warm-up, no decay, the gradient clipped to 1.
+The rest matches transformers' TrainingArguments: AdamW, 5e-5 with linear decay to 0, no warm-up, no
+weight decay, the gradient clipped to 1.
 """
 
 from jaxft import config

@@ -1,24 +1,25 @@
-"""GPT-2 XL (1.5B), all of it, on one 16 GB GPU: Shakespeare, three passes.
+"""All of GPT-2 XL (1.5B) on one 16 GB GPU: Shakespeare, three passes.
 
     python -m jaxft.train --config configs/gpt2xl_shakespeare_16gb.py \\
       --config.data.train=shakespeare/
     python -m jaxft.plan --config configs/gpt2xl_shakespeare_16gb.py --device t4   # needs no card
 
-Data       any text, as a folder of .txt files of which some are held out, such as one a play; a
-           single file has to be cut by --config.data.separator. The complete works are book 100 of
-           Project Gutenberg, about 1.8 M tokens
-Hardware   one 16 GB GPU and 48 GB of host memory: weights, gradient and Adam's moments, 23 GiB,
-           stay on the host, and a layer at a time is on the device; 32 GB will do with
-           --config.optim.state_dtype=bfloat16, 20 GiB. A T4, which has no bfloat16, takes 3.8 GiB
-           of 14 (XLA's own analysis, jax 0.10.2, 2026-11-21; not yet run on one)
-Length     some 220 steps of 8 x 1024 tokens a pass
-Bus        44 GB a step to the device and 25 back: 6 s of PCI Express 3 at 80 %; arithmetic takes 26
-           s on a T4, by the plan
+Data       any text, as a folder of .txt files, such as one per play; some are held out. A single
+           file must be split by --config.data.separator. The complete works are book 100 of
+           Project Gutenberg, about 1.8 M tokens.
+Hardware   one 16 GB GPU and 48 GB of host memory. Weights, gradient and Adam's moments, 23 GiB,
+           stay on the host, and one layer at a time is on the device. With
+           --config.optim.state_dtype=bfloat16, 20 GiB, 32 GB are enough. A T4, which has no
+           bfloat16, takes 3.8 GiB of 14 (XLA's own analysis, jax 0.10.2, 2026-11-21; not yet run
+           on one).
+Length     some 220 steps of 8 x 1024 tokens a pass.
+Bus        44 GB a step to the device and 25 back: 6 s of PCI Express 3 at 80 %. By the plan,
+           arithmetic takes 26 s on a T4.
 Expect     not measured yet: it needs the weights and a GPU
 
-Compared with the usual recipe (DeepSpeed ZeRO-2 or 3 with CPU offload, 60 GB of host memory,
-float16 with a loss scale): bfloat16 where the card has it and float32 on a T4, so nothing is
-scaled; no JSON; the same losses as on a larger card.
+The usual recipe is DeepSpeed ZeRO-2 or 3 with CPU offload, 60 GB of host memory, and float16 with a
+loss scale. This config uses bfloat16 if the card has it, and float32 on a T4, so it needs no loss
+scale. It needs no JSON, and gives the same losses as a larger card.
 """
 
 from jaxft import config

@@ -1,14 +1,14 @@
-"""GPT-J-6B, all of it, on one 24 GB GPU: your own texts, one pass.
+"""All of GPT-J-6B on one 24 GB GPU: your own texts, one pass.
 
     python -m jaxft.train --config configs/gptj_6b_24gb.py --config.data.train=my_texts/
     python -m jaxft.plan --config configs/gptj_6b_24gb.py --device rtx4090   # needs no card
 
-Hardware   one 24 GB GPU and 128 GB of host memory: weights, gradient and Adam's moments, 90 GiB,
-           stay on the host, and a layer at a time is on the device. An RTX 4090 takes 12.8 GiB of
-           22.3 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on one)
-Bus        168 GB a step to the device and 97 back, however many rows a batch has: 12 s of PCI
-           Express 4 at 80 %; arithmetic takes 18 s on an RTX 4090, by the plan. Each sampled token
-           fetches all weights, so samples are short
+Hardware   one 24 GB GPU and 128 GB of host memory. Weights, gradient and Adam's moments, 90 GiB,
+           stay on the host, and one layer at a time is on the device. An RTX 4090 takes 12.8 GiB
+           of 22.3 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on one).
+Bus        168 GB a step to the device and 97 back, for any batch size: 12 s of PCI Express 4 at
+           80 %. By the plan, arithmetic takes 18 s on an RTX 4090. Each sampled token fetches all
+           weights, so samples are short.
 Expect     not measured yet: it needs the weights and a GPU
 
 Less host memory: --config.optim.name=adafactor, 45 GiB; lion with

@@ -1,20 +1,20 @@
-"""GPT-J-6B, all of it, on one 8 GB GPU: your own texts, one pass.
+"""All of GPT-J-6B on one 8 GB GPU: your own texts, one pass.
 
     python -m jaxft.train --config configs/gptj_6b_8gb.py --config.data.train=my_texts/
     python -m jaxft.plan --config configs/gptj_6b_8gb.py --device rtx3070   # needs no card
 
-Hardware   one 8 GB GPU and 128 GB of host memory: weights, gradient and Adam's moments, 90 GiB,
-           stay on the host, and a layer at a time is on the device. An RTX 3070 takes 5.6 GiB of
-           7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on one)
-Bus        168 GB a step to the device and 97 back, however many rows a batch has: 12 s of PCI
-           Express 4 at 80 %; arithmetic takes 19 s on an RTX 3070, by the plan. Each sampled token
-           fetches all weights, 24 GB, so samples are short
+Hardware   one 8 GB GPU and 128 GB of host memory. Weights, gradient and Adam's moments, 90 GiB,
+           stay on the host, and one layer at a time is on the device. An RTX 3070 takes 5.6 GiB of
+           7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on one).
+Bus        168 GB a step to the device and 97 back, for any batch size: 12 s of PCI Express 4 at
+           80 %. By the plan, arithmetic takes 19 s on an RTX 3070. Each sampled token fetches all
+           weights, 24 GB, so samples are short.
 Expect     not measured yet: it needs the weights and a GPU
 
-With 96 GB of host memory: --config.optim.name=adafactor, 45 GiB; with 48 GB
---config.model.param_dtype=bfloat16 as well, 24 GiB (docs/memory.md has a table, and why a machine
-needs more than that: "Pinned memory"). The batch is accumulated a row at a time: each layer is
-fetched once for all of its rows.
+With 96 GB of host memory, use --config.optim.name=adafactor, 45 GiB. With 48 GB, add
+--config.model.param_dtype=bfloat16, 24 GiB. docs/memory.md has a table, and explains why a machine
+needs more than that ("Pinned memory"). The batch is accumulated one sequence at a time: each layer
+is fetched once for all of them.
 """
 
 from jaxft import config

@@ -4,14 +4,13 @@
     python -m jaxft.plan --config configs/gptj_6b_lora.py --device rtx4080   # needs no card
 
 Hardware   one 16 GB GPU with bfloat16, where the frozen weights take 11.3 GiB, and 48 GB of host
-           memory: the export merges the adapters into float32 weights there, some 28 GiB
-           8 GB: --config.memory.offload=all, which takes 11.4 GiB of the host's memory while it
-           trains
+           memory. The export merges the adapters into float32 weights there, some 28 GiB.
+           8 GB: --config.memory.offload=all, which takes 11.4 GiB of host memory in training.
 Result     WORKDIR/adapter, 28 MB, which peft.PeftModel.from_pretrained(model, "WORKDIR/adapter")
-           loads; and WORKDIR/export, a whole model with the adapters merged in
+           loads. Also WORKDIR/export, a whole model with the adapters merged in.
 Expect     not measured yet: it needs the weights and a GPU
 
-The learning rate is ten times that of full fine-tuning: adapters begin at nothing.
+The learning rate is ten times that of full fine-tuning, because adapters start at zero.
 """
 
 from jaxft import config

@@ -1,14 +1,13 @@
-r"""GPT-J-6B, all of it, on eight TPU v5e chips (16 GB each), or on eight GPUs of 24 GB or more.
+r"""All of GPT-J-6B on eight TPU v5e chips (16 GB each), or on eight GPUs of 24 GB or more.
 
   python -m jaxft.train --config configs/gptj_6b_v5e8.py --config.data.train=my_texts/ \
     --config.data.validation=
-  # what it takes, without either
+  # the memory it takes, without chips or data
   python -m jaxft.plan --config configs/gptj_6b_v5e8.py --device v5e:2x4,rtx4090x8
 
-The 6.05 billion float32 weights and Adam's moments, 73 GB, are cut over the chips, 9.1 GB each; a
-layer is gathered in bfloat16 as it runs. The TPU compiler counts 13.6 GiB a chip of 15.75
-(2026-11-22, `tests/plan/test_aot_compiler.py`), and fewer with more chips. Not run on a TPU
-yet.
+The 6.05 billion float32 weights and Adam's moments, 73 GB, are split over the chips, 9.1 GB each.
+Each layer is gathered in bfloat16 when it runs. The TPU compiler reports 13.6 GiB a chip of 15.75
+(2026-11-22, `tests/plan/test_aot_compiler.py`), and less with more chips. Not run on a TPU yet.
 """
 
 from jaxft import config

@@ -1,11 +1,11 @@
-"""The quickstart: a small GPT-2 that has only read ships' logs learns to write village stories.
+"""The quickstart: a small GPT-2 that has read only ships' logs learns to write village stories.
 
     python -m jaxft.train --config configs/quickstart.py
 
-Offline, on two CPU cores, two to three minutes: 715 steps of 8 x 256 tokens. Expect an eval loss of
-11.1 nats a token before (no village is mentioned in a ship's log) and 0.47 after. The stories come
-from a grammar (scripts/story_grammar.py) whose own entropy, 0.319 nats a token, no model can go
-below.
+It runs offline, on two CPU cores, in two to three minutes: 715 steps of 8 x 256 tokens. Expect an
+eval loss of 11.1 nats per token before, because ships' logs mention no village, and 0.47 after. The
+stories come from a grammar (scripts/story_grammar.py). Its entropy is 0.319 nats per token, and no
+model can have a lower loss.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ def get_config():
   c.model.path = str(ASSETS / "model")
   c.data.train = (str(ASSETS / "stories.jsonl"),)
   c.data.validation = (str(ASSETS / "validation.jsonl"),)
-  # what the model knew, and is about to forget
+  # text that the model knows, and will forget
   c.data.unrelated = (str(ASSETS / "ships_logs.jsonl"),)
   c.data.nats_column = "nats"
   c.data.sequence_length = 256
@@ -35,6 +35,6 @@ def get_config():
   c.optim.learning_rate = 2e-3
   c.optim.schedule = "cosine"
   c.optim.warmup_steps = 40
-  c.optim.b2 = 0.99  # few steps: the second moment must not remember the beginning
+  c.optim.b2 = 0.99  # few steps: the second moment must forget the beginning
   c.optim.weight_decay = 0.1
   return c

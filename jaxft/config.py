@@ -1,7 +1,7 @@
-"""Every setting of a run: its name, type, default, unit and meaning, once.
+"""Settings of a run: name, type, default, unit and meaning of each.
 
-A config file (`configs/X.py`) has `get_config()`, which starts from `default()` and sets what the
-experiment is about. `resolve` makes that ConfigDict the frozen `Config` of a run.
+A config file (`configs/X.py`) defines `get_config()`, which starts from `default()` and changes
+settings. `resolve` turns that ConfigDict into the frozen `Config` of a run.
 """
 
 import dataclasses
@@ -43,80 +43,87 @@ Value: TypeAlias = str | int | float | bool | tuple[str, ...] | None
 
 
 def setting(default: T, doc: str, check: Check = any_value) -> T:
-  """Define a setting: a field of a section, whose annotation has its type and its choices."""
+  """Define a setting: a field of a section, whose annotation gives its type and choices.
+
+  Args:
+    default: the default value.
+    doc: the description that `--print_config` prints.
+    check: the validator; see `jaxft.config_checks`.
+  """
   return dataclasses.field(default=default, metadata={"doc": doc, "check": check})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
+  """Settings of the base model: checkpoint, tokenizer, dtypes, attention kernel."""
+
   path: str = setting("", "checkpoint to start from: a Hugging Face hub id or a folder")
   revision: str = setting("main", "branch, tag or commit of the hub id")
   torch_bin: bool = setting(
     False,
-    "read pytorch_model*.bin, a pickle, where there are no other weights: through torch, which "
-    "then must be installed, with weights_only=True",
+    "read pytorch_model*.bin (a pickle) if the checkpoint has no other weights; needs torch, which "
+    "reads it with weights_only=True",
   )
   init: Literal["pretrained", "scratch"] = setting(
-    "pretrained", "read the weights, or draw new ones"
+    "pretrained", "pretrained: load the weights; scratch: initialize new ones at random"
   )
   head: Literal["lm", "classification"] = setting(
-    "lm", "lm writes text; classification tells the labels of data.format=classification apart"
+    "lm", "lm: generate text; classification: predict the labels of data.format=classification"
   )
   config: str = setting(
-    "", "config.json of the model to draw from scratch; empty: the one in model.path"
+    "", "config.json of a model with init=scratch; empty: the one in model.path"
   )
   config_overrides: str = setting(
     "",
-    "keys of that config.json with other values, for a model drawn from scratch: "
-    "n_embd=512,n_layer=4",
+    "values that replace keys of that config.json, only with init=scratch: n_embd=512,n_layer=4",
     config_overrides,
   )
-  tokenizer: str = setting(
-    "", "folder or hub id of another tokenizer; empty: the one in model.path"
-  )
+  tokenizer: str = setting("", "folder or hub id of the tokenizer; empty: the one in model.path")
   compute_dtype: str = setting(
     "auto", "dtype of activations; auto: bfloat16 on GPU and TPU, float32 on CPU", compute_dtype
   )
   param_dtype: Literal["float32", "bfloat16"] = setting(
     "float32",
-    "of the matrices of layers; bfloat16 takes half the memory, and rounds updates up or down by "
-    "chance",
+    "dtype of the weight matrices of layers; bfloat16 halves their memory and uses stochastic "
+    "rounding",
   )
   attention: Literal["auto", "cudnn", "splash", "chunked", "reference"] = setting(
     "auto",
-    "auto: cudnn or splash where the hardware has it, else chunked; reference: all probabilities "
-    "in memory",
+    "attention kernel; auto: cudnn or splash if the hardware supports it, else chunked; "
+    "reference: holds all attention probabilities in memory",
   )
   dropout: float | None = setting(
-    None, "dropout everywhere; unset: the rates of the model's config.json", between(0, 1)
+    None, "dropout rate everywhere; unset: the rates in the model's config.json", between(0, 1)
   )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
+  """Settings of the data: sources, columns, held-out split, layout of sequences."""
+
   train: tuple[str, ...] = setting(
     (),
     "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet file, glob or "
-    "folder; with @WEIGHT after it an epoch passes so often over its documents: stories.jsonl@0.5",
+    "folder; append @WEIGHT to set how often an epoch reads its documents: stories.jsonl@0.5",
   )
   validation: tuple[str, ...] = setting(
-    (), "sources to evaluate on; empty: split off the training documents"
+    (), "sources of the held-out set; empty: a share of the training documents"
   )
   unrelated: tuple[str, ...] = setting(
     (),
-    "sources of text that has nothing to do with data.train: evaluated with the held-out text, to "
-    "see what was forgotten",
+    "sources of text unrelated to data.train; each evaluation reports its loss too, which shows "
+    "forgetting",
   )
   validation_fraction: float = setting(
     0.05,
-    "share of documents held out when data.validation is empty; of fewer documents than that the "
-    "end of each; 0: nothing is held out, and there is no eval loss",
+    "share of documents held out when data.validation is empty; with too few documents, the end of "
+    "each is held out; 0: hold out nothing and report no eval loss",
     between(0, 1),
   )
   format: Literal["text", "prompt_completion", "classification"] = setting(
     "text",
-    "what a row is: text to learn, a prompt and the completion to learn, or text and its label "
-    "(the folder's name, for .txt files)",
+    "content of a row: text; a prompt and its completion, with loss on the completion only; or "
+    "text and its label (for .txt files, the name of the folder)",
   )
   text_column: str = setting("text", "column that holds the text")
   prompt_column: str = setting("prompt", "column of the prompt, for prompt_completion")
@@ -124,226 +131,256 @@ class DataSection:
   label_column: str = setting("label", "column of the label, for classification")
   template: str = setting(
     "{prompt}{completion}",
-    "how a prompt and its completion are put together; what follows the prompt's text is learned "
-    "from {completion} on. With data.format=text another one puts columns of the row together, all "
-    "of it to be learned: Question: {q}. Answer: {a}",
+    "joins a prompt and its completion; the loss starts at {completion}. With data.format=text it "
+    "joins any columns, with loss on all tokens: Question: {q}. Answer: {a}",
   )
   encoding: str = setting(
-    "utf-8", "of text, JSON and CSV files: utf-8, cp1252, latin-1, utf-16, ...", encoding
+    "utf-8",
+    "encoding of text, JSON and CSV files: utf-8, cp1252, latin-1, utf-16, ...",
+    encoding,
   )
   separator: str = setting(
-    "", "text that cuts a .txt file into documents; empty: a file is one document"
+    "", "text that separates documents in a .txt file; empty: a file is one document"
   )
   on_bad_row: Literal["error", "skip"] = setting(
-    "error", "end the run at a row that is no text, or count it and go on"
+    "error", "error: stop at a malformed row; skip: count it and continue"
   )
   duplicates: Literal["keep", "drop"] = setting(
-    "keep", "what becomes of a document that was read before"
+    "keep", "keep or drop a document whose text occurred before"
   )
   layout: Literal["concat", "pack", "pad"] = setting(
     "concat",
-    "concat: one stream cut into rows; pack: several examples a row that do not see each other; "
-    "pad: one example a row",
+    "concat: one stream of tokens cut into sequences; pack: several examples per sequence, without "
+    "attention between them; pad: one example per sequence",
   )
   cache_dir: str = setting(
-    "", "folder that keeps the tokens; empty: ~/.cache/jaxft/tokens (or XDG_CACHE_HOME)"
+    "", "folder of the token cache; empty: ~/.cache/jaxft/tokens (or XDG_CACHE_HOME)"
   )
   nats_column: str = setting(
     "",
-    "column with -log p of each document in nats, where the text was drawn from a known "
-    "distribution: the floor no model can beat is then printed beside the eval loss",
+    "column with -log p of each document in nats, if the text was sampled from a known "
+    "distribution; the run then prints this entropy floor next to the eval loss",
   )
-  sequence_length: int = setting(512, "tokens a row", at_least(2))
+  sequence_length: int = setting(512, "tokens per sequence", at_least(2))
   limit_train: int = setting(
-    0, "use this many training documents, drawn with shuffle_seed; 0: all", at_least(0)
+    0, "number of training documents to use, sampled with shuffle_seed; 0: all", at_least(0)
   )
   limit_validation: int = setting(
-    0, "use this many validation documents, drawn likewise; 0: all", at_least(0)
+    0, "number of held-out documents to use, sampled with shuffle_seed; 0: all", at_least(0)
   )
   shuffle_seed: int = setting(
-    0, "seed of the order of rows and of every draw of documents", between(0, 2**31)
+    0, "seed of the order of sequences and of the sampling of documents", between(0, 2**31)
   )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
-  steps: int = setting(0, "optimizer steps; 0: as many as train.epochs takes", at_least(0))
+  """Settings of the training loop: length, batch, evaluations, checkpoints, samples."""
+
+  steps: int = setting(0, "optimizer steps of the run; 0: use train.epochs", at_least(0))
   epochs: float = setting(
-    0.0, "passes over the training rows; 0: train.steps says when to end", at_least(0)
+    0.0, "passes over the training sequences; 0: use train.steps", at_least(0)
   )
   batch_size: int = setting(8, "sequences per optimizer step, over all devices", at_least(1))
   micro_batch_size: int = setting(
     0,
-    "most sequences a device takes at once; a batch that is larger is accumulated; 0: no limit",
+    "most sequences per device in one forward pass; larger batches use gradient accumulation; 0: "
+    "no limit",
     at_least(0),
   )
   profile_steps: int = setting(
     0,
-    "optimizer steps, from the third on, that JAX's profiler traces into WORKDIR/profile",
+    "number of optimizer steps, starting with the third, to trace with JAX's profiler into "
+    "WORKDIR/profile",
     at_least(0),
   )
-  seed: int = setting(0, "seed of dropout, of new weights and of the samples", between(0, 2**31))
+  seed: int = setting(0, "seed of dropout, new weights and samples", between(0, 2**31))
   log_every: int | Literal["epoch"] = setting(
     10, "steps between lines of metrics.jsonl, or epoch", at_least(1)
   )
   eval_every: int | Literal["epoch"] = setting(
     0,
-    "steps between evaluations, or epoch; 0: only before the first and after the last",
+    "steps between evaluations, or epoch; 0: only before the first step and after the last",
     at_least(0),
   )
   eval_batch_size: int = setting(
     0,
-    "sequences an evaluation takes at once, over all devices; 0: as many as training does",
+    "sequences per evaluation step, over all devices; 0: same as in training",
     at_least(0),
   )
-  eval_batches: int = setting(0, "batches an evaluation; 0: all validation rows", at_least(0))
+  eval_batches: int = setting(0, "batches per evaluation; 0: the whole held-out set", at_least(0))
   save_every: int | Literal["epoch"] = setting(
-    500, "steps between checkpoints, or epoch; 0: only after the last", at_least(0)
+    500, "steps between checkpoints, or epoch; 0: only after the last step", at_least(0)
   )
-  keep: int = setting(2, "newest checkpoints to keep", at_least(1))
+  keep: int = setting(2, "number of newest checkpoints to keep", at_least(1))
   keep_best_metric: Literal["", "eval/loss", "eval/perplexity"] = setting(
     "",
-    "keep the checkpoint with the least of this too: one is saved after each evaluation; empty: "
-    "only the newest",
+    "also keep the checkpoint with the lowest value of this metric, and save one after each "
+    "evaluation; empty: keep only the newest",
   )
   early_stopping_patience: int = setting(
-    0, "evaluations without a lower eval loss that end the run; 0: none do", at_least(0)
+    0,
+    "stop the run after this many evaluations without a lower eval loss; 0: never",
+    at_least(0),
   )
   max_bad_steps: int = setting(
-    1, "non-finite steps in a row that end the run (they change no weight)", at_least(1)
+    1,
+    "stop the run after this many consecutive non-finite steps (they change no weights)",
+    at_least(1),
   )
   sample_prompts: tuple[str, ...] = setting(
-    (), "prompts completed before and after training, with the same seed"
+    (), "prompts to complete before and after training, with the same seed"
   )
   sample_every: int = setting(
-    0, "steps between further samples; 0: only before and after", at_least(0)
+    0, "steps between samples during training; 0: only before and after it", at_least(0)
   )
-  sample_tokens: int = setting(100, "tokens drawn for each prompt", at_least(1))
+  sample_tokens: int = setting(100, "new tokens for each prompt", at_least(1))
   trainable_params: tuple[str, ...] = setting(
     (),
-    "names of the weights to train, as the checkpoint has them, with * for anything: "
-    "transformer.h.11.*, transformer.ln_f.*; the others stay as they are; empty: all are trained",
+    "weights to train, by their names in the checkpoint, with * as a wildcard: transformer.h.11.*, "
+    "transformer.ln_f.*; all others are frozen; empty: train all",
   )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
+  """Settings of the optimizer and of the learning-rate schedule."""
+
   name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = setting(
-    "adamw", "optimizer; muon: for matrices of layers, and adamw for the rest"
+    "adamw", "optimizer; muon updates the matrices of layers, and adamw all other weights"
   )
   learning_rate: float = setting(5e-05, "peak learning rate", above(0))
-  schedule: Literal["constant", "linear", "cosine"] = setting("linear", "course after the warm-up")
+  schedule: Literal["constant", "linear", "cosine"] = setting(
+    "linear", "learning-rate schedule after the warm-up"
+  )
   warmup_steps: int = setting(
-    0, "steps of linear warm-up, from 0; where the run has fewer, a tenth of them", at_least(0)
+    0,
+    "steps of linear warm-up, from 0; a tenth of the run if the run is shorter",
+    at_least(0),
   )
   warmup_ratio: float = setting(
-    0.0, "share of all steps to warm up in; goes without warmup_steps", between(0, 1)
+    0.0, "length of the warm-up as a share of all steps; excludes warmup_steps", between(0, 1)
   )
-  end_learning_rate: float = setting(
-    0.0, "learning rate that linear and cosine end at", at_least(0)
-  )
+  end_learning_rate: float = setting(0.0, "final learning rate of linear and cosine", at_least(0))
   weight_decay: float = setting(
-    0.0, "decoupled decay of matrices and embeddings (not biases, not norms)", at_least(0)
+    0.0, "decoupled weight decay of matrices and embeddings (not biases or norms)", at_least(0)
   )
   b1: float = setting(0.9, "decay of the first moment (momentum for sgd)", between(0, 1))
   b2: float = setting(0.999, "decay of the second moment", between(0, 1))
   eps: float = setting(1e-08, "added to the root of the second moment", at_least(1e-30))
   clip_norm: float = setting(
-    1.0, "largest global norm of the gradient; 0: no clipping", at_least(0)
+    1.0, "clip the gradient to this global norm; 0: no clipping", at_least(0)
   )
   state_dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the first moment")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSection:
-  data: int = setting(1, "devices that hold copies and split the batch; -1: the rest", axis_size)
+  """Settings of the device mesh and of the ZeRO stage."""
+
+  data: int = setting(
+    1,
+    "data-parallel size: replicas of the weights that split the batch; -1: all other devices",
+    axis_size,
+  )
   fsdp: int = setting(
-    -1, "devices that split weights, optimizer state and the batch; -1: the rest", axis_size
+    -1,
+    "FSDP size: devices that split weights, optimizer state and the batch; -1: all other devices",
+    axis_size,
   )
   tensor: int = setting(
     1,
-    "devices that split heads, feed-forward and vocabulary of each layer; -1: the rest",
+    "tensor-parallel size: devices that split heads, feed-forward layers and the vocabulary; -1: "
+    "all other devices",
     axis_size,
   )
   zero_stage: int = setting(
     3,
-    "what mesh.fsdp splits: 0 nothing but the batch, 1 the optimizer state, 2 and the gradients, 3 "
-    "and the weights",
+    "state that mesh.fsdp shards; 0: none; 1: optimizer state; 2: gradients too; 3: weights too",
     between(0, 4),
   )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySection:
+  """Settings that trade speed for device memory."""
+
   remat: Literal["none", "dots", "full"] = setting(
     "dots",
-    "activations recomputed in the backward pass: none, all but matrix products and attention, all "
-    "but each layer's input",
+    "activations to recompute in the backward pass (gradient checkpointing); none: nothing; dots: "
+    "all except matrix products and attention; full: all except each layer's input",
   )
   offload: Literal["none", "optimizer", "all"] = setting(
     "none",
-    "what the host's memory holds: nothing; weights and optimizer state, with a copy of the "
-    "weights in the compute dtype on the device; weights, gradient and optimizer state, of which "
-    "the device has one layer at a time",
+    "state in host memory; none: nothing; optimizer: weights and optimizer state, with a copy of "
+    "the weights in the compute dtype on the device; all: weights, gradients and optimizer state, "
+    "streamed to the device one layer at a time",
   )
   loss_chunk: int = setting(
     -1,
-    "positions a row whose logits exist at once; -1: as many as 128 MiB hold, on a GPU or TPU 512 "
-    "MiB unless `memory.remat` is full; 0: all of them",
+    "positions per sequence whose logits are in memory together; -1: up to 128 MiB, or 512 MiB on "
+    "a GPU or TPU unless memory.remat is full; 0: all positions",
     at_least(-1),
   )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSection:
+  """Settings of LoRA adapters."""
+
   rank: int = setting(
-    0, "rank of adapters that are trained instead of the weights; 0: none", at_least(0)
+    0, "rank of the adapters, which are trained instead of the weights; 0: no adapters", at_least(0)
   )
   alpha: float = setting(16.0, "adapters are scaled by alpha / rank", above(0))
-  dropout: float = setting(0.0, "dropout of what goes into an adapter", between(0, 1))
+  dropout: float = setting(0.0, "dropout rate of the input of an adapter", between(0, 1))
   targets: tuple[str, ...] = setting(
     (),
     "matrices with an adapter, by the ends of their names in the checkpoint: c_attn, mlp.c_proj, "
-    "q_proj, ..., or all-linear; empty: what PEFT takes, c_attn of GPT-2 and q_proj and v_proj of "
-    "the others",
+    "q_proj, ..., or all-linear; empty: PEFT's default (GPT-2: c_attn; others: q_proj, v_proj)",
   )
-  layers: tuple[str, ...] = setting((), 'layers with an adapter, such as "0-3", "11"; empty: all')
+  layers: tuple[str, ...] = setting((), 'layers with adapters, such as "0-3", "11"; empty: all')
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingSection:
+  """Settings of experiment trackers."""
+
   writers: tuple[str, ...] = setting(
     (),
-    "trackers of the run, beside the console and metrics.jsonl: tensorboard, mlflow, wandb, "
-    "trackio; docs/trackers.md",
+    "trackers to use in addition to the console and metrics.jsonl: tensorboard, mlflow, wandb, "
+    "trackio; see docs/trackers.md",
     writers,
   )
-  run_name: str = setting("", "name of the run in trackers; empty: the workdir's")
+  run_name: str = setting("", "name of the run in trackers; empty: the name of the workdir")
   logging_dir: str = setting(
-    "", "folder of TensorBoard's files, one in it for each run; empty: WORKDIR/tensorboard"
+    "",
+    "folder for TensorBoard, with a subfolder for each run; empty: WORKDIR/tensorboard",
   )
   system_metrics: bool = setting(
     False,
-    "log the load and memory of the host of process 0 and of its devices too, in metrics.jsonl and "
-    "trackers",
+    "also log load and memory of process 0's host and devices, to metrics.jsonl and trackers",
   )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSection:
-  out: str = setting("", "folder for the Hugging Face model; empty: WORKDIR/export")
+  """Settings of the export to Hugging Face format."""
+
+  out: str = setting("", "folder of the exported Hugging Face model; empty: WORKDIR/export")
   dtype: Literal["float32", "bfloat16", "float16"] = setting(
     "float32", "dtype of the exported weights"
   )
   max_shard_size: str = setting(
-    "5GB", "largest weight file: a number and KB, MB, GB or TB", file_size
+    "5GB", "size limit of a weight file: a number and KB, MB, GB or TB", file_size
   )
-  push_to_hub: str = setting("", "hub repository (OWNER/NAME) to upload the export to; empty: none")
+  push_to_hub: str = setting(
+    "", "hub repository (OWNER/NAME) to upload the export to; empty: no upload"
+  )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """All settings of a run, as `resolve` checked them."""
+  """All settings of a run, validated by `resolve`."""
 
   model: ModelSection
   data: DataSection
@@ -356,14 +393,18 @@ class Config:
   export: ExportSection
 
   def to_dict(self) -> dict[str, dict[str, Value]]:
-    """Return {"data": {"cache_dir": "", ...}, ...}, sorted as a ConfigDict's."""
+    """Return {"data": {"cache_dir": "", ...}, ...}, sorted like a ConfigDict."""
     sections = sorted(dataclasses.asdict(self).items())
     return {name: dict(sorted(values.items())) for name, values in sections}
 
   def replace(self, settings: Mapping[str, Value]) -> "Config":
-    """Return the config with other values of these settings: {"train.steps": 3, ...}.
+    """Return a copy with these settings changed; values are not validated.
 
-    The values are not checked: `resolve` does that. Raises RequestError for an unknown setting.
+    Args:
+      settings: new values by name: {"train.steps": 3, ...}.
+
+    Raises:
+      RequestError: a setting is unknown.
     """
     if lines := unknown_settings([*settings]):
       raise RequestError("\n".join(lines))
@@ -371,7 +412,7 @@ class Config:
 
 
 class Setting(NamedTuple):
-  """A field of a section."""
+  """Name, type, default, description and validator of one setting."""
 
   name: str
   kind: type  # str, int, float, bool or tuple
@@ -401,7 +442,7 @@ def _read_settings(name: str, section: type) -> Iterator[Setting]:
 SECTIONS = typing.get_type_hints(Config)
 SETTINGS = tuple(it for item in SECTIONS.items() for it in _read_settings(*item))
 BY_NAME = {setting.name: setting for setting in SETTINGS}
-MAX_INT = 2**31 - 1  # of a whole number: steps and rows are counted in 32 bits
+MAX_INT = 2**31 - 1  # limit of integer settings: steps and rows are counted in 32 bits
 PATH_SETTINGS = (
   "model.path",
   "model.config",
@@ -414,11 +455,11 @@ PATH_SETTINGS = (
   "export.out",
 )
 
-# Two settings of one quantity: if one is on the command line, the other one of the config file is
-# set to its default.
+# Two settings for one quantity. One on the command line resets the other, which the config file may
+# have set, to its default.
 EXCLUSIVE_PAIRS = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_ratio"))
 
-# Settings that may differ when a run is resumed: they change what is written, not what is learned.
+# Settings that may change when a run is resumed: they affect files and speed, not the weights.
 MUTABLE_ON_RESUME = frozenset(
   {
     *(name for name in BY_NAME if name.startswith(("mesh.", "memory.", "tracking.", "export."))),
@@ -444,8 +485,8 @@ MUTABLE_ON_RESUME = frozenset(
 
 
 def default() -> ConfigDict:
-  """Return every setting at its default, locked: an unknown key raises AttributeError."""
-  config = ConfigDict(type_safe=False)  # `normalize` and `validate` look at types
+  """Return all settings at their defaults, locked: an unknown key raises AttributeError."""
+  config = ConfigDict(type_safe=False)  # `normalize` and `validate` check types instead
   for setting in SETTINGS:
     section, key = setting.name.split(".")
     if section not in config:
@@ -456,15 +497,15 @@ def default() -> ConfigDict:
 
 
 def normalize(config: ConfigDict | Config) -> ConfigDict:
-  """Return a copy whose values have the settings' types if their meaning is clear.
+  """Return a copy whose values are converted to the settings' types if that is unambiguous.
 
-  A Path becomes its text, a text a tuple of it, a numpy number the number, 1e3 becomes 1000 and ~
-  the user's home. `validate` reports the rest.
+  A Path becomes a string, a string a tuple if the setting needs one, a numpy number a Python
+  number, 1e3 becomes 1000, and ~ the user's home folder. `validate` reports all other values.
   """
   normalized = ConfigDict(type_safe=False)
   for name, value in flatten(config).items():
     section, _, key = name.partition(".")
-    if not key:  # no section: `validate` reports it
+    if not key:  # outside any section: `validate` reports it
       normalized[section] = value
       continue
     if section not in normalized:
@@ -474,7 +515,7 @@ def normalize(config: ConfigDict | Config) -> ConfigDict:
 
 
 def _normalize_value(setting: Setting, value: object) -> object:
-  if hasattr(value, "tolist"):  # of numpy, pandas
+  if hasattr(value, "tolist"):  # numpy and pandas objects
     value = value.tolist()
   if setting.kind is tuple:
     value = tuple(value) if isinstance(value, list) else value
@@ -482,7 +523,7 @@ def _normalize_value(setting: Setting, value: object) -> object:
     items = () if items == ("",) else items  # --config.data.validation= means none
     return tuple(_expand_path(item, setting) for item in items)
   value = _expand_path(value, setting)
-  # From the command line, which takes text here.
+  # The command line passes text for settings with literals.
   if setting.literals and isinstance(value, str) and value.isdecimal():
     return int(value)
   if setting.kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -497,7 +538,7 @@ def _expand_path(value: object, setting: Setting) -> object:
   return expand_user(value) if setting.name in PATH_SETTINGS and isinstance(value, str) else value
 
 
-# What other tools call a setting, if that is nearer to the name of another one.
+# Names of settings in other tools, if the nearest name by spelling would be wrong.
 FOREIGN_NAMES = {
   "lr": "optim.learning_rate",
   "wd": "optim.weight_decay",
@@ -526,25 +567,26 @@ FOREIGN_NAMES = {
   "report_to": "tracking.writers",
 }
 
-# Settings with another name in the config.json and the checkpoints of earlier runs.
+# Old names of settings, in the config.json and the checkpoints of earlier runs.
 RENAMED = {"train.only": "train.trainable_params"}  # until 2026-11-29
 
 
 def unknown_settings(names: list[str]) -> list[str]:
-  """Return one line for each name that is no setting, with the nearest one that is."""
+  """Return one error line for each unknown name, with the nearest setting."""
   by_key = {known.split(".")[1]: known for known in BY_NAME}
   lines = []
   for name in names:
     if name in BY_NAME:
       continue
     key = name.split(".")[-1]
-    # The key decides: `optim.lerning_rate`, `train.learning_rate` and `learning_rate` mean one.
+    # Match by key alone too: `train.learning_rate` and `learning_rate` both mean
+    # `optim.learning_rate`.
     near = difflib.get_close_matches(name, BY_NAME, 1)
     near = near or [by_key[match] for match in difflib.get_close_matches(key, by_key, 1)]
     way_out = f"did you mean {near[0]}?" if near else "--print_config lists all settings"
     if new_name := RENAMED.get(name, FOREIGN_NAMES.get(key)):
-      way_out = f"here it is {new_name}"
-    lines.append(f"config.{name}: there is no such setting; {way_out}")
+      way_out = f"use {new_name}"
+    lines.append(f"config.{name}: unknown setting; {way_out}")
   return lines
 
 
@@ -555,7 +597,7 @@ def flatten(config: ConfigDict | Config | Mapping[str, object]) -> dict[str, obj
   """
   flat = {}
   for section, values in (config if isinstance(config, Mapping) else config.to_dict()).items():
-    if not isinstance(values, Mapping):  # a key outside any section, which is reported as unknown
+    if not isinstance(values, Mapping):  # outside any section: `validate` reports it as unknown
       flat[section] = values
       continue
     for key, value in values.items():
@@ -564,7 +606,7 @@ def flatten(config: ConfigDict | Config | Mapping[str, object]) -> dict[str, obj
 
 
 def rename_saved(saved: Json) -> Json:
-  """The nested config that a run has left, each setting under the name that it has now."""
+  """Return the saved config of a run, with old names of settings replaced by the current ones."""
   renamed = {**saved}  # not dict(): it takes lists of pairs too
   for old, new in RENAMED.items():
     section, key = old.split(".")
@@ -575,24 +617,28 @@ def rename_saved(saved: Json) -> Json:
 
 
 def with_prefix(config: ConfigDict | Config) -> dict[str, object]:
-  """Return {"config.train.steps": 3, ...}: settings by their names in messages."""
+  """Return {"config.train.steps": 3, ...}, with the names that messages use."""
   return {f"config.{name}": value for name, value in flatten(config).items()}
 
 
 def resolve(config: ConfigDict | Config) -> Config:
-  """Parse what a user wrote, normalized; raises RequestError with all that `validate` finds."""
+  """Normalize and validate a user's config, and freeze it.
+
+  Raises:
+    RequestError: one line for each error that `validate` finds.
+  """
   return _parse(flatten(normalize(config)))
 
 
 def _parse(values: Mapping[str, object]) -> Config:
-  """Invert `flatten`; raises RequestError with all that is wrong with the values."""
+  """Invert `flatten`; raises RequestError with a line for each invalid value."""
   if lines := _validate_values(values):
     raise RequestError("\n".join(lines))
   return _from_flat(values)
 
 
 def _from_flat(values: Mapping[str, object]) -> Config:
-  """Invert `flatten` for values that are valid by themselves."""
+  """Invert `flatten`, without validation of combinations."""
   sections = {
     name: section(**{key.name: values[f"{name}.{key.name}"] for key in dataclasses.fields(section)})
     for name, section in SECTIONS.items()
@@ -601,7 +647,7 @@ def _from_flat(values: Mapping[str, object]) -> Config:
 
 
 def validate(config: ConfigDict | Config | Mapping[str, object]) -> list[str]:
-  """Return the errors of the values themselves, one line each; files and devices come later."""
+  """Return one line for each invalid value or combination; files and devices are not checked."""
   return _validate_values(flatten(config))
 
 
@@ -618,14 +664,15 @@ def _validate_values(values: Mapping[str, object]) -> list[str]:
     elif isinstance(value, float) and not math.isfinite(value):
       lines.append(f"config.{name}={value}: not a finite number")
     elif isinstance(value, int) and abs(value) > MAX_INT:
-      lines.append(f"config.{name}: a number of {len(str(abs(value)))} digits; at most {MAX_INT:,}")
+      digits = len(str(abs(value)))
+      lines.append(f"config.{name}: has {digits} digits; must be at most {MAX_INT:,}")
     elif wanted := setting.check(value):
       lines.append(f"config.{name}={value!r}: must be {wanted}")
   return sorted(lines) or _validate_combinations(_from_flat(values))
 
 
 def _validate_combinations(config: Config) -> list[str]:
-  """Return what is wrong with values that are valid by themselves, one line each."""
+  """Return one line for each combination of valid values that is invalid."""
   values = flatten(config)
 
   def show(name: str) -> str:
@@ -638,71 +685,74 @@ def _validate_combinations(config: Config) -> list[str]:
   lines = _validate_template(data)
   from_scratch = model.init == "scratch"
   if not model.path:
-    lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
+    lines.append("config.model.path is empty; set it to a hub id (gpt2) or a folder")
   if not data.train:
-    lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
+    lines.append("config.data.train is empty; set it to a file, a folder or hub:NAME")
   for name in ("lora.targets", "lora.layers", "lora.dropout"):
     if not config.lora.rank and values[name] != BY_NAME[name].default:
-      lines.append(f"{show(name)}: there are no adapters with config.lora.rank=0")
+      lines.append(f"{show(name)}: no adapters with config.lora.rank=0; set config.lora.rank")
   if config.lora.rank and train.trainable_params:
     trainable = show("train.trainable_params")
-    lines.append(f"{trainable}: with {show('lora.rank')} the adapters are trained; set one")
+    lines.append(
+      f"{trainable}: {show('lora.rank')} trains the adapters instead; set only one of the two"
+    )
   if config.lora.rank and from_scratch:
     lines.append(
-      f"{show('lora.rank')}: adapters change a model that was trained; "
-      "config.model.init=scratch has none"
+      f"{show('lora.rank')}: adapters need pretrained weights; set config.lora.rank=0 or "
+      "config.model.init=pretrained"
     )
   if train.trainable_params and from_scratch:
     lines.append(
-      "config.train.trainable_params: the other weights would stay as they are drawn with "
-      "config.model.init=scratch"
+      "config.train.trainable_params: config.model.init=scratch would leave all other weights "
+      "random; leave it empty"
     )
   if bool(train.steps) == bool(train.epochs):
-    lines.append(f"{show('train.steps')} and {show('train.epochs')}: set one of the two")
+    lines.append(f"{show('train.steps')} and {show('train.epochs')}: set exactly one of the two")
   classifies = model.head == "classification"
   has_labels = data.format == "classification"
   if classifies != has_labels:
     settings = f"{show('model.head')} and {show('data.format')}"
-    lines.append(f"{settings}: classification is both or neither")
+    lines.append(f"{settings}: set both or neither to classification")
   eval_settings = ("train.keep_best_metric", "train.early_stopping_patience")
   for name in eval_settings:
     if values[name] and not train.eval_every:
-      lines.append(f"{show(name)}: goes with evaluations; set config.train.eval_every")
+      lines.append(f"{show(name)}: needs evaluations; set config.train.eval_every")
   if data.nats_column and data.format != "text":
-    lines.append(f"{show('data.nats_column')}: goes with data.format=text only")
+    lines.append(f"{show('data.nats_column')}: needs config.data.format=text")
   if data.unrelated and has_labels:
-    lines.append(f"{show('data.unrelated')}: a model that classifies has no loss on other text")
+    lines.append(
+      f"{show('data.unrelated')}: a classification model has no loss on plain text; leave it empty"
+    )
   for name in eval_settings:
     if values[name] and not (data.validation or data.validation_fraction):
       lines.append(
-        f"{show(name)}: nothing is held out with config.data.validation_fraction=0; "
-        "name sources in config.data.validation"
+        f"{show(name)}: needs a held-out set; set config.data.validation_fraction above 0 or "
+        "config.data.validation"
       )
   if classifies and train.sample_prompts:
     lines.append(
-      "config.train.sample_prompts: a model with a classification head writes no text; "
-      "leave it empty"
+      "config.train.sample_prompts: a classification model generates no text; leave it empty"
     )
   rest = [show(name) for name in ("mesh.data", "mesh.fsdp", "mesh.tensor") if values[name] == -1]
   if len(rest) > 1:
-    lines.append(f"{' and '.join(rest)}: only one can take the rest")
+    lines.append(f"{' and '.join(rest)}: only one can be -1")
   if optim.end_learning_rate > optim.learning_rate:
-    lines.append(f"{show('optim.end_learning_rate')}: above {show('optim.learning_rate')}")
+    lines.append(f"{show('optim.end_learning_rate')}: is above {show('optim.learning_rate')}")
   if optim.warmup_steps and optim.warmup_ratio:
     warmup = f"{show('optim.warmup_steps')} and {show('optim.warmup_ratio')}"
-    lines.append(f"{warmup}: set one of the two")
+    lines.append(f"{warmup}: set only one of the two")
   if model.config_overrides and not from_scratch:
     lines.append(
-      f"{show('model.config_overrides')}: weights that are read have their own sizes; "
-      "config.model.init=scratch draws new ones"
+      f"{show('model.config_overrides')}: pretrained weights have fixed sizes; set "
+      "config.model.init=scratch for new weights"
     )
   return lines
 
 
 def _validate_template(data: DataSection) -> list[str]:
-  """Return what is wrong with `data.template`.
+  """Return the error of `data.template`, or an empty list.
 
-  Its fields are a prompt and a completion or, for plain text, columns.
+  It must have the fields {prompt} and {completion} or, for plain text, names of columns.
   """
   x = data.template
   prompt = "{prompt}"
@@ -713,13 +763,18 @@ def _validate_template(data: DataSection) -> list[str]:
   else:
     once = x.count(prompt) == 1 == x.count(completion)
     is_valid = once and x.index(prompt) < x.index(completion)
-    expected = "text with {prompt} and after it {completion}, each once"
+    expected = "text with one {prompt} and, after it, one {completion}"
   return [] if is_valid else [f"config.data.template={x!r}: must be {expected}"]
 
 
 def diff_from_saved(saved: Json, config: ConfigDict | Config) -> list[str]:
-  """Return a line for each setting that changes what is learned and differs from a saved config."""
-  # A setting that did not exist yet had its default.
+  """Return a line for each changed setting that a resumed run must not change.
+
+  Args:
+    saved: the config.json of the run.
+    config: the config that resumes it.
+  """
+  # A setting that did not exist when the run started had its default value.
   old = flatten(default()) | flatten(rename_saved(saved))
   new = flatten(config)
   return [
@@ -735,7 +790,11 @@ def to_json(config: ConfigDict | Config) -> str:
 
 
 def from_json(text: str) -> Config:
-  """Invert `to_json`; raises RequestError for anything that it cannot have written."""
+  """Invert `to_json`.
+
+  Raises:
+    RequestError: the text is not a valid config.
+  """
   try:
     flat = flatten(rename_saved(json.loads(text)))
   except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -747,7 +806,11 @@ def from_json(text: str) -> Config:
 
 
 def load_run_config(file: Path) -> Config:
-  """Read the config.json of a run; raises RequestError if `to_json` cannot have written it."""
+  """Read the config.json of a run.
+
+  Raises:
+    RequestError: the file cannot be read or is not a valid config.
+  """
   try:
     return from_json(file.read_text(encoding="utf-8"))
   except (OSError, UnicodeDecodeError) as error:
@@ -755,7 +818,7 @@ def load_run_config(file: Path) -> Config:
 
 
 def describe(config: ConfigDict | Config) -> str:
-  """Return every setting with its value and its meaning, as `--print_config` shows it."""
+  """Return all settings with values and descriptions, as `--print_config` prints them."""
   values = flatten(config)
   lines = []
   for setting in SETTINGS:

@@ -1,4 +1,7 @@
-"""Prints versions, devices, memory and disk, and what is missing: python -m jaxft.doctor"""
+"""Print versions, devices, memory and disk, and report missing packages.
+
+python -m jaxft.doctor
+"""
 
 import importlib.metadata
 import platform
@@ -17,7 +20,7 @@ PACKAGES = (
   "jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers safetensors "
   "huggingface_hub ml_collections datasets rich"
 ).split()
-# Package -> purpose, jaxft's extra. The CUDA plugin alone compiles; to run, it needs CUDA.
+# Package -> (purpose, extra of jaxft). The CUDA plugin alone compiles; to run it needs CUDA too.
 EXTRAS = {
   "jax-cuda13-plugin": ("planning for GPUs", "plan"),
   "nvidia-cudnn-cu13": ("an NVIDIA GPU", "cuda"),
@@ -30,8 +33,9 @@ EXTRAS = {
 
 
 def main() -> None:
+  """Print the report, and exit with code 2 if it found an error."""
   parsers.Parser(
-    "python -m jaxft.doctor", "Prints what is installed, and what is missing."
+    "python -m jaxft.doctor", "Print installed versions, devices and memory; report errors."
   ).parse_args()
   table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
   add_row = table.add_row
@@ -42,9 +46,10 @@ def main() -> None:
     if version == "missing":
       errors.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
   for name, (purpose, extra) in EXTRAS.items():
-    add_row(name, _version(name) or escape(f'none; for {purpose}: pip install "jaxft[{extra}]"'))
+    advice = f'not installed; for {purpose}: pip install "jaxft[{extra}]"'
+    add_row(name, _version(name) or escape(advice))
   try:
-    import flax.nnx  # noqa: F401 - flax fails at import beside a jax it was not made for
+    import flax.nnx  # noqa: F401 - flax fails at import if its version does not match jax
     import jax
 
     from jaxft.utils import backend
@@ -56,14 +61,14 @@ def main() -> None:
       size = f", {limit / 2**30:.1f} GiB" if limit else ""
       add_row(f"device {device.id}", device.device_kind + size)
     if name == "gpu":
-      limit = f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's"
+      limit = f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host memory"
       add_row("pinned memory", f"{limit}, for config.memory.offload")
     elif backend.cpu_override() and backend.has_nvidia_gpu():
       add_row("device", backend.cpu_warning(reason))
     elif reason:
       errors.append(backend.cpu_warning(reason))
     for line in backend.known_bugs():
-      add_row("known fault", line)
+      add_row("known bug", line)
   except RequestError as error:
     errors.append(str(error))
   except Exception as error:

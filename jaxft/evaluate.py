@@ -1,4 +1,7 @@
-"""Evaluates a model: python -m jaxft.evaluate --model PATH_OR_ID --data SOURCE [--json]"""
+"""Evaluate a model on text or labels.
+
+python -m jaxft.evaluate --model PATH_OR_ID --data SOURCE [--json]
+"""
 
 import json
 from pathlib import Path
@@ -15,18 +18,19 @@ from jaxft.errors import RequestError, run_command
 from jaxft.utils.console import escape_controls
 from jaxft.utils.types import Json
 
-MIN_VALUES = {"sequence_length": 0, "batch_size": 1, "stride": 0}  # 0: not given
+MIN_VALUES = {"sequence_length": 0, "batch_size": 1, "stride": 0}  # a value of 0 means not given
 
 
 def main() -> None:
+  """Run the command."""
   arguments = parsers.evaluate().parse_args()
 
   if not arguments.data and not arguments.workdir:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
   if arguments.layout and not arguments.data:
     raise RequestError(
-      f"--layout={arguments.layout}: goes with --data; "
-      "what a run has held out is read as in the run"
+      f"--layout={arguments.layout}: requires --data; "
+      "the held-out set of a run keeps the run's layout"
     )
   lines = sources.validate_sources(DataSection(validation=tuple(arguments.data)))
   lines = [line.replace("config.data.validation", "--data") for line in lines]
@@ -60,15 +64,15 @@ def _format_result(result: Json) -> str:
   if "accuracy" in result:
     scores = f"accuracy {result['accuracy']:.1%}, F1 {result['f1']:.3f}"
     return f"{scores}, {loss}, over {result['tokens']:,} texts"
-  line = f"{loss} nats a token, perplexity {result['perplexity']:.2f}, "
-  line += f"{result['bits_per_byte']:.4f} bits a byte, " if "bits_per_byte" in result else ""
+  line = f"{loss} nats per token, perplexity {result['perplexity']:.2f}, "
+  line += f"{result['bits_per_byte']:.4f} bits per byte, " if "bits_per_byte" in result else ""
   return f"{line}over {result['tokens']:,} tokens"
 
 
 def print_confusion(confusion: dict[str, dict[str, int]]) -> None:
-  """Prints how many texts of each label were taken for which."""
+  """Print the confusion matrix: how many texts of each label got each prediction."""
   if confusion:
-    columns = (Column(escape_controls(f"taken for {name}"), justify="right") for name in confusion)
+    columns = (Column(escape_controls(f"predicted {name}"), justify="right") for name in confusion)
     table = Table("", *columns, box=None)
     for name, row in confusion.items():
       table.add_row(escape_controls(name), *(f"{count:,}" for count in row.values()))

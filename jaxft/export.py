@@ -1,6 +1,8 @@
-"""Exports a verified Hugging Face folder: python -m jaxft.export --workdir DIR --out DIR
+"""Exports a verified Hugging Face folder.
 
-With --step N it exports that checkpoint of the run; with --model PATH_OR_ID, another model.
+    python -m jaxft.export --workdir DIR --out DIR
+
+--step N exports that checkpoint of the run. --model PATH_OR_ID exports another model.
 """
 
 from pathlib import Path
@@ -13,6 +15,7 @@ from jaxft.hf.verify import format_parity
 
 
 def main() -> None:
+  """Run the command."""
   arguments = parsers.export().parse_args()
   lines = export.validate_export(Path(arguments.out))
   if arguments.push_to_hub is not None:

@@ -1,4 +1,7 @@
-"""Generates text: python -m jaxft.generate --model PATH_OR_ID [--prompt TEXT ...] [--json]"""
+"""Generate text from a model.
+
+python -m jaxft.generate --model PATH_OR_ID [--prompt TEXT ...] [--json]
+"""
 
 import argparse
 import contextlib
@@ -20,14 +23,15 @@ from jaxft.hf import repo
 from jaxft.pretrained import Completion, Pretrained
 from jaxft.utils.console import escape_controls
 
-# Until the model has no position left, as run_generation.py has it for a negative --length.
+# A negative --length of run_generation.py means: until all positions of the model are used.
 UNLIMITED_TOKENS = 2**30
 
 
 def main() -> None:
+  """Run the command."""
   arguments = parsers.generate().parse_args()
-  settings = sampling_args(arguments)  # checked before a model is read
-  if "stop_strings" in arguments.given_as:  # run_generation.py: no stop token
+  settings = sampling_args(arguments)  # checked before the model is loaded, which is slow
+  if "stop_strings" in arguments.given_as:  # in run_generation.py, "" means no stop token
     arguments.stop_strings = [text for text in arguments.stop_strings if text]
   stop_strings = [unescape(text, "--stop_strings") for text in arguments.stop_strings or []]
   _check_compat_flags(arguments)
@@ -36,17 +40,19 @@ def main() -> None:
   if arguments.prompt_file:
     prompts = prompts + _read_prompt_file(Path(arguments.prompt_file))
     if not prompts:
-      raise RequestError(f"--prompt_file {arguments.prompt_file!r}: no line in it has a prompt")
+      raise RequestError(
+        f"--prompt_file {arguments.prompt_file!r}: contains no prompts; write one per line"
+      )
   interactive = not prompts and sys.stdin.isatty() and not arguments.json
   if not prompts and not sys.stdin.isatty():
     prompts = _read_stdin()
   if not prompts and not interactive:
     raise RequestError(
-      "--prompt is missing: give a text, --prompt_file, lines on standard input, "
-      "or a terminal to ask on"
+      "--prompt is missing: give a text, --prompt_file, or lines on standard input, or run on a "
+      "terminal"
     )
   if arguments.use_cpu:
-    jax.config.update("jax_platforms", "cpu")  # before it looks for devices
+    jax.config.update("jax_platforms", "cpu")  # before JAX looks for devices
   if arguments.model_type and arguments.model:
     checkpoint = repo.resolve(arguments.model, arguments.revision, weights=False)
     _check_model_type(arguments.model_type, checkpoint)
@@ -81,22 +87,30 @@ class Completer:
   prefix: str
 
   def print_settings(self) -> None:
-    """Prints which settings, given or of the model's generation_config.json, have no effect."""
+    """Print a line to stderr for each setting that has no effect.
+
+    The setting comes from a flag or from the model's generation_config.json.
+    """
     config = generation_config.load(self.model.source.folder, self.settings)
     if config.ignored:
-      print(f"{config.file}: not followed: {', '.join(config.ignored)}", file=sys.stderr)
+      print(f"{config.file}: ignored, not supported: {', '.join(config.ignored)}", file=sys.stderr)
     for line in config.warnings:
       print(line, file=sys.stderr)
     positions = self.model.source.cfg.P
     for name in ("max_new_tokens", "max_length"):
       if positions < self.settings.get(name, 0) < UNLIMITED_TOKENS:
         flag = f"--{name}={self.settings[name]}"
-        print(f"{flag}: a text ends at the model's {positions} positions", file=sys.stderr)
+        print(f"{flag}: texts end at the model's {positions} positions", file=sys.stderr)
 
   def complete(
     self, prompts: list[str], on_text: Callable[[int, str], None] | None = None
   ) -> list[Completion]:
-    """Returns the completions; their prompts lack the prefix that the model reads before them."""
+    """Return the completions, with prompts as given, without the prefix.
+
+    Args:
+      prompts: texts to complete; the model reads the prefix before each.
+      on_text: called with the index of a prompt and each new piece of its completion.
+    """
     completions = self.model.generate(
       [self.prefix + prompt for prompt in prompts],
       stop_strings=self.stop_strings,
@@ -106,7 +120,10 @@ class Completer:
     return [it._replace(prompt=it.prompt.removeprefix(self.prefix)) for it in completions]
 
   def stream(self, prompt: str) -> None:
-    """Streams one completion to the terminal; prints several, or beams, when they are done."""
+    """Stream one completion to the terminal.
+
+    Several completions, or beams, are printed when all are done.
+    """
     sampling = generation_config.load(self.model.source.folder, self.settings).sampling
     if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
       print("\n\n".join(escape_controls(it.prompt + it.text) for it in self.complete([prompt])))
@@ -118,8 +135,9 @@ class Completer:
 
 
 def interactive_loop(completer: Completer) -> None:
-  """Asks for prompts on the terminal, which remembers them (arrow up), and streams completions."""
-  with contextlib.suppress(ImportError):  # `input` edits lines with it, where the platform has it
+  """Ask for prompts on the terminal, and stream a completion of each."""
+  # With readline, `input` can edit lines and recall earlier prompts. Some platforms lack it.
+  with contextlib.suppress(ImportError):
     import readline  # noqa: F401
 
   while True:
@@ -130,16 +148,19 @@ def interactive_loop(completer: Completer) -> None:
       return
     try:
       completer.stream(prompt)
-    except KeyboardInterrupt:  # enough of this one
+    except KeyboardInterrupt:  # stops this completion only
       print()
-    except RequestError as error:  # a prompt that is too long
+    except RequestError as error:  # such as a prompt that is too long
       print(f"error: {error}")
 
 
 def sampling_args(arguments: argparse.Namespace) -> dict[str, float]:
-  """Returns the given fields of `Sampling` and do_sample, and what --model_type adds to them.
+  """Return the sampling settings of the command line.
 
-  Raises RequestError on values that mean nothing, alone or together, by the flags that were given.
+  These are fields of `Sampling`, and do_sample. --model_type adds run_generation.py's defaults.
+
+  Raises:
+    RequestError: values are invalid, alone or together. The error names the flags as given.
   """
   names = (*Sampling._fields, "do_sample")
   settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -147,9 +168,9 @@ def sampling_args(arguments: argparse.Namespace) -> dict[str, float]:
     settings["max_new_tokens"] = UNLIMITED_TOKENS
   if arguments.model_type:
     added = run_generation.missing_defaults(settings)
-    text = ", ".join(f"{name}={value}" for name, value in added.items()) or "all is given"
+    text = ", ".join(f"{name}={value}" for name, value in added.items()) or "none (all are set)"
     print(
-      f"--model_type={arguments.model_type}: as run_generation.py has it: {text}", file=sys.stderr
+      f"--model_type={arguments.model_type}: defaults of run_generation.py: {text}", file=sys.stderr
     )
     settings |= added
   try:
@@ -165,7 +186,10 @@ def sampling_args(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _check_compat_flags(arguments: argparse.Namespace) -> None:
-  """Refuses flags without a meaning here, and prints what has become of those with another one."""
+  """Reject run_generation.py's unsupported flags.
+
+  Prints a note on each flag with another meaning.
+  """
   for name, (value, reason) in run_generation.FIXED.items():
     if getattr(arguments, name) is (not value):
       raise RequestError(f"--{name}={not value}: {reason}; leave it out")
@@ -173,24 +197,24 @@ def _check_compat_flags(arguments: argparse.Namespace) -> None:
     if value := getattr(arguments, name):
       raise RequestError(f"--{name}={value}: {reason}")
   if arguments.use_cpu and arguments.require:
-    raise RequestError(f"--use_cpu and --require={arguments.require}: leave one of the two out")
+    raise RequestError(f"--use_cpu and --require={arguments.require}: remove one of the two flags")
   if arguments.fp16:
     flag = arguments.given_as.get("fp16", "fp16")
     print(f"--{flag}: {run_generation.FLAG_NOTES['fp16']}", file=sys.stderr)
   if "stop_strings" in arguments.given_as:
     print(
-      "--stop_token: as --stop_strings: the text ends with it, and run_generation.py leaves it out",
+      "--stop_token: same as --stop_strings: the text ends with it; run_generation.py removes it",
       file=sys.stderr,
     )
 
 
 def _check_model_type(model_type: str, checkpoint: repo.HFCheckpoint) -> None:
-  """Raises RequestError for a model of another family."""
+  """Raise RequestError for a model of another family."""
   actual = checkpoint.hf_config["model_type"]
   if run_generation.MODEL_TYPES[model_type] != actual:
     raise RequestError(
-      f"--model_type={model_type}: {checkpoint.folder / 'config.json'} says {actual}; "
-      f"give --model_type={actual}"
+      f"--model_type={model_type}: {checkpoint.folder / 'config.json'} has {actual}; "
+      f"set --model_type={actual}"
     )
 
 
@@ -202,7 +226,7 @@ def _read_prompt_file(file: Path) -> list[str]:
 
 
 def _read_stdin() -> list[str]:
-  """Reads the prompts on standard input."""
+  """Read prompts from standard input, one per line."""
   try:
     with open(sys.stdin.fileno(), encoding="utf-8-sig", newline="", closefd=False) as stream:
       return _split_prompts(stream.read())
@@ -213,7 +237,7 @@ def _read_stdin() -> list[str]:
 
 
 def _split_prompts(text: str) -> list[str]:
-  """Splits lines into prompts, without the empty ones."""
+  """Split lines into prompts, without the empty ones."""
   return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 

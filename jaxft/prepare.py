@@ -1,4 +1,7 @@
-"""Tokenises, packs and reports the data: python -m jaxft.prepare --config configs/X.py [--json]"""
+"""Tokenize and pack the data of a config, and print a report.
+
+python -m jaxft.prepare --config configs/X.py [--json]
+"""
 
 import json
 import sys
@@ -23,10 +26,11 @@ PREVIEW_ROWS = 3
 
 
 def main() -> None:
+  """Run the command."""
   arguments = flags.parse(usage.PREPARE, ("json",))
   config = jaxft.config.resolve(arguments.config)
   lines = sources.validate_sources(config.data)
-  if not lines:  # as in train.py: reading a model's config takes seconds
+  if not lines:  # as in train.py: bad sources are reported before a model's config is read
     lines += repo.validate_model(config.model.path, weights=False)
   if lines:
     raise RequestError("\n".join(lines))
@@ -38,7 +42,7 @@ def main() -> None:
     )
   tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
   print_line = (lambda line: print(line, file=sys.stderr)) if arguments.json else log
-  with ProgressBar("tokenising", 1) as bar:
+  with ProgressBar("tokenizing", 1) as bar:
     data = dataset.prepare_data(
       config.data,
       tokenizer,
@@ -54,7 +58,7 @@ def main() -> None:
   console.print(_table(report))
   decode = lambda ids: escape_controls(str(tokenizer.decode(ids)))
   for i in np.linspace(0, len(data.train) - 1, min(PREVIEW_ROWS, len(data.train))).astype(int):
-    console.print(Text(f"\nrow {i}, learned in green, not learned in grey:", style="bold"))
+    console.print(Text(f"\nrow {i}, learned in green, not learned in gray:", style="bold"))
     console.print(_preview(data.train[i], decode, data.labels))
 
 
@@ -76,8 +80,11 @@ def _format_number(value: object) -> str:
 
 
 def _preview(row: PackedRow, decode: Callable[[np.ndarray], str], labels: list[str]) -> Text:
-  """Decodes the row, coloured by whether each token is learned, without the padding at its end."""
-  last = int(np.flatnonzero(row["mask"])[-1])  # no row is without a learned token
+  """Decode a row for display, without its padding.
+
+  Learned tokens are green, others gray.
+  """
+  last = int(np.flatnonzero(row["mask"])[-1])  # each row has a learned token
   if labels:
     text = Text(decode(row["ids"][: last + 1]), "grey50")
     return text.append(f" -> {labels[row['targets'][last]]}", "green")

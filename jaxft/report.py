@@ -1,4 +1,7 @@
-"""Writes pages of runs: python -m jaxft.report WORKDIR [WORKDIR ...] [--out FILE]"""
+"""Write the HTML page of a run, or a page that compares several runs.
+
+python -m jaxft.report WORKDIR [WORKDIR ...] [--out FILE]
+"""
 
 from pathlib import Path
 
@@ -9,15 +12,16 @@ from jaxft.utils.files import atomic_write
 
 
 def main() -> None:
+  """Write the page and print its path."""
   arguments = parsers.report().parse_args()
 
   workdirs = arguments.workdirs
   several = len(workdirs) > 1
   out = arguments.out or (Path("comparison.html") if several else workdirs[0] / "report.html")
   if out.is_dir():
-    raise RequestError(f"--out={str(out)!r}: a folder; name a file in it")
+    raise RequestError(f"--out={str(out)!r}: is a folder; give the name of a file")
   if not out.parent.is_dir():
-    raise RequestError(f"--out={str(out)!r}: no such folder")
+    raise RequestError(f"--out={str(out)!r}: the folder {str(out.parent)!r} does not exist")
   records = [run_record.load(workdir) for workdir in workdirs]
   atomic_write(out, comparison.render(records) if several else run_page.render(records[0]))
   for record in records:

@@ -1,9 +1,14 @@
-"""Trains a tokenizer: python -m jaxft.tokenizer --data SOURCE [...] --vocab_size N --out FOLDER
+r"""Train a tokenizer, or add tokens to an existing model.
 
-`config.model.init=scratch` begins with that folder: tokenizer.json and a config.json, no weights.
-Or adds tokens of your own to an existing model, with a role or without one:
-python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "bos=<|start|>" "pad=[PAD]" \\
-  --out FOLDER
+    python -m jaxft.tokenizer --data SOURCE [...] --vocab_size N --out FOLDER
+
+writes tokenizer.json and a config.json without weights. Training from scratch
+(`config.model.init=scratch`) begins with that folder.
+
+    python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "bos=<|start|>" "pad=[PAD]" \
+      --out FOLDER
+
+adds tokens, with or without a role.
 """
 
 import sys
@@ -31,8 +36,9 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-NUM_BYTES = 256  # of which every text is made: the first tokens after the end token
-# GPT-2 124M, as a beginning: n_positions is the longest row; n_embd, n_layer and n_head are free.
+NUM_BYTES = 256  # the first tokens after the end token, so that any text can be encoded
+# GPT-2 124M, as a starting point. n_positions limits config.data.sequence_length. Users may change
+# n_embd, n_layer and n_head.
 GPT2_CONFIG = {
   "model_type": "gpt2",
   "architectures": ["GPT2LMHeadModel"],
@@ -55,11 +61,17 @@ GPT2_CONFIG = {
 def train_tokenizer(
   texts: Iterable[str], vocab_size: int, folder: Path, **sizes: int | float
 ) -> Tokenizer:
-  """Writes a byte-level BPE tokenizer as GPT-2's, learned from `texts`, and a GPT-2's config.json.
+  """Train a byte-level BPE tokenizer like GPT-2's, and write it with a config.json.
 
   Args:
-    vocab_size: the largest number of tokens; fewer where the text has fewer pairs to join.
-    sizes: keys of config.json that differ from GPT-2 124M.
+    texts: the training text.
+    vocab_size: the largest number of tokens; the result has fewer if the text has too few pairs to
+      merge.
+    folder: where to write tokenizer.json and the config.json of a GPT-2.
+    **sizes: keys of config.json that differ from GPT-2 124M.
+
+  Returns:
+    The tokenizer.
 
   Raises:
     RequestError: the vocabulary cannot hold all bytes.
@@ -68,7 +80,7 @@ def train_tokenizer(
   if vocab_size <= NUM_BYTES:
     raise RequestError(
       f"--vocab_size={vocab_size}: must be at least {NUM_BYTES + 1}, "
-      f"for {NUM_BYTES} bytes and the end token"
+      f"to hold {NUM_BYTES} bytes and the end token"
     )
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +93,7 @@ def train_tokenizer(
     show_progress=False,
   )
   tokenizer.train_from_iterator(texts, trainer)
-  from transformers import PreTrainedTokenizerFast  # most of a second to import
+  from transformers import PreTrainedTokenizerFast  # takes most of a second to import
 
   config: Json = GPT2_CONFIG | {"vocab_size": tokenizer.get_vocab_size()} | sizes
   config |= {"n_ctx": config["n_positions"]}
@@ -98,12 +110,13 @@ def train_tokenizer(
 
 
 def main() -> None:
+  """Run the command."""
   arguments = parsers.tokenizer().parse_args()
   out = Path(arguments.out)
   if bool(arguments.model) != bool(arguments.add):
-    raise RequestError("--model and --add go together: the model to add tokens to, and the tokens")
+    raise RequestError("--model and --add go together: give the model, and the tokens to add to it")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise RequestError(f"--out={arguments.out!r}: it is there; name a new folder")
+    raise RequestError(f"--out={arguments.out!r}: already exists; name a new folder")
   if arguments.model:
     configure_jax()
     require_device(None)
@@ -122,19 +135,19 @@ def main() -> None:
   texts = (example.text for example in examples)
   num_tokens = train_tokenizer(texts, arguments.vocab_size, out).get_vocab_size()
   print(
-    f"{num_tokens:,} tokens in {out}/tokenizer.json, and {out}/config.json of a GPT-2 124M with "
-    "them: change its n_embd, n_layer, n_head and n_positions for another size, then "
+    f"{num_tokens:,} tokens in {out}/tokenizer.json; {out}/config.json is a GPT-2 124M with this "
+    "vocabulary. For another size, edit its n_embd, n_layer, n_head and n_positions. Train with "
     f"--config.model.init=scratch --config.model.path={out}"
   )
 
 
 def _describe_roles(tokenizer: "PreTrainedTokenizerBase") -> str:
-  """Says what the tokens with a role do from now on."""
-  line = f"a text ends with {tokenizer.eos_token!r} in training, and "
+  """Return a line about the effect of the tokens with a role."""
+  line = f"in training, a text ends with {tokenizer.eos_token!r} and "
   if TokenizerInfo(tokenizer).bos_id is None:
-    line += "the next one is learned from it"
+    line += "the next text is predicted from it"
   else:
-    line += f"begins with {tokenizer.bos_token!r}, as a prompt then should"
+    line += f"begins with {tokenizer.bos_token!r}; begin prompts with it too"
   if tokenizer.pad_token is not None:
     line += f"; transformers pads with {tokenizer.pad_token!r}"
   return line

@@ -2,8 +2,8 @@
 
 python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.a.b=value ...]
 
-The same command again continues a run that was stopped or killed. `finetune` is the same thing for
-notebooks.
+The same command continues a run that was stopped or killed. In Python and notebooks, call
+`finetune`.
 """
 
 import contextlib
@@ -42,18 +42,18 @@ from jaxft.utils.redact import redact
 from jaxft.utils.types import Json
 
 OOM_ADVICE = (
-  "a smaller config.train.micro_batch_size, config.memory.remat=full or "
-  "config.memory.loss_chunk=128 need less memory"
+  "to save memory, lower config.train.micro_batch_size, or set config.memory.remat=full or "
+  "config.memory.loss_chunk=128"
 )
 
 
 class TrainOutput(NamedTuple):
-  """A finished run."""
+  """The results of a finished run."""
 
   workdir: Path
-  metrics: list[Json]  # the lines of metrics.jsonl
-  samples: list[Json]  # the lines of samples.jsonl
-  export: Path  # the Hugging Face folder
+  metrics: list[Json]  # entries of metrics.jsonl
+  samples: list[Json]  # entries of samples.jsonl
+  export: Path  # Hugging Face folder
 
 
 def finetune(
@@ -67,24 +67,31 @@ def finetune(
   require: str | None = None,
   on_step: OnStep | None = None,
 ) -> TrainOutput | None:
-  """Fine-tunes as `config` says, continuing what `workdir` holds, and exports the result.
+  """Fine-tune a model and export it; resume if `workdir` already holds the run.
 
   Args:
     config: from `jaxft.config.default()`; `jaxft.config.SETTINGS` explains every key.
-    workdir: folder for everything that the run writes.
-    dry_run: compile, print the memory, and return None: no weights are read and nothing is written.
-    strict: a damaged checkpoint ends the run, instead of being set aside for the one before it.
-    allow_change: continue although settings that shape what is learned have changed since the run
-      was started.
-    overwrite: begin a new run; one that is in `workdir` is moved to a folder beside it, which is
-      logged.
-    require: "gpu" or "tpu": what JAX must compute on; None: whatever it finds.
+    workdir: folder for all files that the run writes.
+    dry_run: compile, print the memory use and return None. No weights are read, no files written.
+    strict: raise for a damaged checkpoint, instead of setting it aside and using an older one.
+    allow_change: resume even if settings that affect the result have changed since the run was
+      started.
+    overwrite: start a new run. An old one in `workdir` is moved to a folder next to it, whose name
+      is logged.
+    require: "gpu" or "tpu": the platform that JAX must run on; None: any.
     on_step: called as `on_step(step, metrics)` after each train step, in every process. `metrics`
-      has "loss", "grad_norm", "learning_rate" (floats, from the step) and "tokens" (int, all
-      trained so far). An exception that it raises ends the run.
+      has the floats "loss", "grad_norm" and "learning_rate", and the int "tokens", which counts
+      all tokens since the run began. An exception that it raises ends the run.
+
+  Returns:
+    The results of the run; None for a dry run.
 
   Raises:
-    RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
+    RequestError: the settings, the data or the model cannot be used, or the workdir holds another
+      run.
+    NumericsError: loss or weights are not finite.
+    StorageError: a checkpoint or the export could not be written or is damaged.
+    Preempted: a signal stopped the run; calling again resumes it.
   """
   settings = jaxft.config.normalize(config)
   backend.validate_require(require)
@@ -124,7 +131,10 @@ def finetune(
 def train_and_export(
   run: BuiltRun, preemption: PreemptionHandler, stack: contextlib.ExitStack, start_time: float
 ) -> TrainOutput:
-  """Runs what `finetune` has built. The only function that holds the state between two stages."""
+  """Train, evaluate and export a built run.
+
+  No other function holds the train state between two stages, so `del` here frees its memory.
+  """
   compiled, checkpoints, state, tokens_seen = start_run(run, preemption, stack)
   start = int(state.step)
   stages.write_run_files(run)
@@ -134,7 +144,7 @@ def train_and_export(
   if start == 0:
     evaluator.evaluate(state.all_params, 0, "before")
     evaluator.sample(state.all_params, 0, "before")
-  # A signal while trackers are waited for changes nothing of how the run ended.
+  # The run has ended when the trackers close: a signal then must not change its exit code.
   stack.callback(preemption.defer)
   step, state = loop.train(
     run,
@@ -147,9 +157,9 @@ def train_and_export(
     about=about,
     start_time=start_time,
   )
-  if run.config.train.keep_best_metric:  # else the last weights are exported
+  if run.config.train.keep_best_metric:  # otherwise the last weights are exported
     frozen = state.frozen
-    del state  # there may be no room for two
+    del state  # memory may not hold two states
     like = run.program.state.checkpointable
     step, best = restore_best(checkpoints, like, run.request.strict)
     state = TrainState.from_checkpoint(best, frozen)
@@ -168,7 +178,7 @@ def train_and_export(
 
 
 def validate(request: RunRequest) -> None:
-  """Raises RequestError with every error that shows before JAX looks for devices."""
+  """Raise RequestError with all errors that show before JAX initializes devices."""
   config = request.config
   validate_run(config, request.workdir, request.overwrite)
   if config.memory.offload != "none":
@@ -177,16 +187,16 @@ def validate(request: RunRequest) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledSteps:
-  """The compiled programs of a run, and what a device needs for them."""
+  """The compiled programs of a run, and the memory they need on a device."""
 
   traced: jax.stages.Traced  # the train step
   train_step: jax.stages.Compiled
   eval_step: jax.stages.Compiled
-  memory: dict[str, int]  # bytes of a device, by what they are for
+  memory: dict[str, int]  # bytes on a device, by purpose
 
 
 def compile_steps(run: BuiltRun) -> CompiledSteps:
-  """Compiles train step and eval step: what they need is known before any of it is taken."""
+  """Compile train and eval step, and log their memory use before it is allocated."""
   start = time.monotonic()
   program = run.program
   device = run.inputs.device
@@ -211,6 +221,7 @@ def compile_steps(run: BuiltRun) -> CompiledSteps:
 
 
 def print_plan(run: BuiltRun, compiled: CompiledSteps) -> None:
+  """Print memory use and estimated speed of a run, from process 0."""
   if jax.process_index() == 0:
     plan = plan_from_compiled(
       run.config, run.cfg, run.program, compiled.traced, compiled.train_step, compiled.eval_step
@@ -221,17 +232,21 @@ def print_plan(run: BuiltRun, compiled: CompiledSteps) -> None:
 def start_run(
   run: BuiltRun, preemption: PreemptionHandler, stack: contextlib.ExitStack
 ) -> tuple[CompiledSteps, CheckpointManager, TrainState, int]:
-  """Compiles the steps, and restores or initialises the state; the last value is its tokens.
+  """Compile the steps, and restore or initialize the state.
 
-  A run that is to be overwritten is moved when nothing is left to refuse the new one.
+  With `overwrite` the old run is moved aside only after the new one has compiled and loaded its
+  weights, so that a run that cannot start leaves the old one untouched.
+
+  Returns:
+    The compiled steps, the checkpoints, the state, and the number of tokens trained on so far.
   """
   if run.request.overwrite:
     stages.check_room(run, [])
     compiled = compile_steps(run)
-    # A collective gives up on a process that comes 30 s late.
+    # Compile times differ between processes, and a collective times out after 30 s. This waits.
     multihost.assert_all_equal("compiled", {})
     state = stages.initial_state(run)
-    jax.block_until_ready(state.step)  # now nothing is left to refuse
+    jax.block_until_ready(state.step)  # from here on the new run cannot be refused
     overwrite_workdir(run.request.workdir, run.request.export_dir, preemption)
     return compiled, stack.enter_context(stages.open_checkpoints(run)), state, 0
   checkpoints = stack.enter_context(stages.open_checkpoints(run))
@@ -244,10 +259,15 @@ def start_run(
 
 @contextlib.contextmanager
 def report_at_end(run: BuiltRun, start: int, memory: dict[str, int]) -> Generator[Json]:
-  """Writes about.json and, when the run returns or raises, how it ended and its page.
+  """Write about.json at the start and, at the end or on an error, report.html.
 
-  Yields the content of about.json, which gets "reached", the last step that was taken,
-  "exported_step" and "export". A disk that takes no file costs a line of the log, not the run.
+  The ending of the run is added to about.json.
+
+  Failures to write are logged and do not end the run.
+
+  Yields:
+    The content of about.json. The run adds "reached" (the last step taken), "exported_step" and
+    "export".
   """
   if jax.process_index() > 0:
     yield {}
@@ -269,6 +289,7 @@ def report_at_end(run: BuiltRun, start: int, memory: dict[str, int]) -> Generato
 
 
 def main() -> None:
+  """Run the command line."""
   arguments = parse_train()
 
   def apply_per_device() -> None:

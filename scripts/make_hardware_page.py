@@ -1,10 +1,10 @@
-"""Write docs/hardware.md: what each published model takes on each hardware, by real compilers.
+"""Write docs/hardware.md: the memory of each published model on each hardware, by real compilers.
 
     python scripts/make_hardware_page.py          # needs the plan extra; about an hour on two cores
 
-For each model and target: the least `memory.offload` with which a row fits, the most rows at once
+For each model and target: the least `memory.offload` that fits a sequence, the largest micro-batch,
 and the peak. For each file in configs/: its plan for the hardware that its docstring names. The
-search for the most rows begins with those of the page that is there.
+search for the largest micro-batch starts from the present page.
 """
 
 import dataclasses
@@ -34,42 +34,48 @@ OFFLOAD = ("none", "optimizer", "all")
 MOST_ROWS = 64
 HEAD = """# What fits where
 
-Full fine-tuning with AdamW, rows of as many tokens as the model has positions (1,024 for GPT-2, \
-2,048 for the others), and
-`--config.memory.remat=full --config.memory.loss_chunk=256 --config.model.dropout=0`. Each cell: \
-the most rows a device takes at
-once, in powers of two, the peak of a device, and `memory.offload` where it is needed. {most} rows \
-are the most that was tried:
-more may fit. A cell has the least offload (nothing, `optimizer`, `all`) with which one row fits; \
-more offload, up to `all`,
-takes more rows, and more time on the bus. To use a cell, add what it says to the flags above, \
-such as
-`--config.memory.offload=all --config.train.micro_batch_size=8`, with a `train.batch_size` that so \
-many rows a device divide.
+This page is about full fine-tuning with AdamW. A sequence fills all positions of the model: \
+1,024 tokens for GPT-2, 2,048 for
+the others. The flags are `--config.memory.remat=full --config.memory.loss_chunk=256 \
+--config.model.dropout=0`.
 
-Every cell accumulates two such parts; with `all` each further one takes the input of its layers, \
-{input} a row for
-GPT-J-6B, and otherwise nothing. Where no part fits (-) a batch that is not accumulated may, \
-without the sum of gradients:
-GPT-J-6B does on a v5e:2x4, as `gptj_6b_v5e8.py` below.
+Each cell has three entries:
 
-The train step of every cell was compiled for that hardware by `python \
-scripts/make_hardware_page.py`, {date}, {versions}; none
-of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, \
-and computes in float32. With
-GPT-2's own dropout of 0.1 a device takes a little more. On one machine the fastest settings are \
-those that
-`--fit` of `jaxft.plan` finds; this page says what is possible.
+- the largest micro-batch of a device, in powers of two; {most} sequences are the most that was \
+tried, and more may fit
+- the peak memory of a device
+- `memory.offload`, if it is needed: the least offload (nothing, `optimizer`, `all`) that fits \
+one sequence
+
+More offload, up to `all`, fits more sequences and spends more time on the bus. To use a cell, \
+add its settings to the flags above,
+such as `--config.memory.offload=all --config.train.micro_batch_size=8`. `train.batch_size` must \
+be divisible by that micro-batch on
+all devices.
+
+Every cell accumulates two micro-batches. With `all`, each further one takes the input of its \
+layers, {input} per sequence for
+GPT-J-6B; otherwise it takes no memory. If a cell is empty (-), one batch without accumulation \
+may still fit, because it needs no sum
+of gradients. GPT-J-6B on a v5e:2x4 is such a case: see `gptj_6b_v5e8.py` below.
+
+`python scripts/make_hardware_page.py` compiled the train step of every cell for that hardware \
+({date}, {versions}). They were
+not run there. {margin} of the process's memory stays free. A T4 has no bfloat16, and computes in \
+float32. With GPT-2's own dropout
+of 0.1, a device takes a little more. `--fit` of `jaxft.plan` finds the fastest settings for one \
+machine; this page shows the possible
+ones.
 
 """
 CONFIGS_HEAD = """
 ## The configs of this repository
 
-As they are, for the hardware that their docstrings name. Seconds a step are an estimate, with the \
-assumptions that
+Each config is unchanged, on the hardware that its docstring names. Seconds per step are an \
+estimate, with the assumptions that
 `python -m jaxft.plan` prints.
 
-| | for | peak of a device, of | in the host's memory, each device | a step |
+| config | for | peak of a device, of | in the host's memory, each device | a step |
 |---|---|---|---|---|
 """
 
@@ -181,7 +187,9 @@ def config_lines() -> list[str]:
   for file in CONFIGS:
     module = runpy.run_path(str(file))
     named = re.search(r"--device (\S+)", module["__doc__"])
-    planned_as = re.search(r"jaxft\.plan .*--config\.model\.path=(\S+)", module["__doc__"])
+    planned_as = re.search(
+      r"jaxft\.plan (?:.*\\\n)?.*--config\.model\.path=(\S+)", module["__doc__"]
+    )
     config = module["get_config"]()
     config.model.path = planned_as[1] if planned_as else config.model.path
     for device in named[1].split(",") if named else ["cpu"]:

@@ -49,16 +49,16 @@ def scenes(output: str) -> list[tuple[float, float | None, str, str]]:
 
   Progress lines share one row of the terminal, as a progress bar does.
   """
-  lines = output.splitlines()
-  first = next(i for i, line in enumerate(lines) if line.startswith("step "))
-  last = max(i for i, line in enumerate(lines) if line.startswith("step "))
+  lines = output.replace(f"{ROOT}/", "").splitlines()
+  numbers = [i for i, line in enumerate(lines) if "tokens/s" in line]
+  first, last = numbers[0], numbers[-1]
   shown = [(0.3, None, "command", f"$ {COMMAND}")]
   head = _wrapped(lines[:first])
   tail = _wrapped(lines[last + 1 :])
   # A second for the lines before training, seven for the steps, the rest for what follows.
   for i, (kind, line) in enumerate(head):
     shown.append((0.8 + 1.2 * i / len(head), None, kind, line))
-  steps = [line for line in lines[first : last + 1] if line.startswith("step ")]
+  steps = [line for line in lines[first : last + 1] if "tokens/s" in line]
   start, length = 2.2, 5.3
   for i, line in enumerate(steps):
     begin = start + length * i / len(steps)

@@ -52,7 +52,7 @@ class Fault(NamedTuple):
 FAULTS = (
   # ---- The model ---------------------------------------------------------------------------------
   Fault(
-    "a window of attention is one key too wide",
+    "an attention window is one key too wide",
     "jaxft/model/attention_chunked.py",
     "visible = visible & (distance < self.window)",
     "visible = visible & (distance <= self.window)",
@@ -66,14 +66,14 @@ FAULTS = (
     ("test_classification.py",),
   ),
   Fault(
-    "dropout of attention does not scale what is left",
+    "attention dropout does not scale the remaining probabilities",
     "jaxft/model/dropout.py",
     "return jax.vmap(jax.vmap(of_head))(keys_BN).astype(jnp.float32) / (1 - rate)",
     "return jax.vmap(jax.vmap(of_head))(keys_BN).astype(jnp.float32)",
     ("test_attention.py", "test_decoder.py", "test_train_step.py"),
   ),
   Fault(
-    "merging leaves out the scale of adapters",
+    "a merge leaves out the scale of the adapters",
     "jaxft/model/lora.py",
     "np.stack([x + cfg.lora_scale * d for x, d in",
     "np.stack([x + d for x, d in",
@@ -95,28 +95,28 @@ FAULTS = (
     ("test_train_step.py",),
   ),
   Fault(
-    "the course after the warm-up begins a step late",
+    "the schedule after the warm-up begins a step late",
     "jaxft/training/optimizer.py",
     "optax.linear_schedule(0.0, peak, warmup), after], [warmup])",
     "optax.linear_schedule(0.0, peak, warmup), after], [warmup + 1])",
     ("test_optimizer.py",),
   ),
   Fault(
-    "the scales of norms decay",
+    "weight decay applies to the scales of norms",
     "jaxft/training/optimizer.py",
     "return name in DECAYED\n",
     'return name != "bias"\n',
     ("test_optimizer.py",),
   ),
   Fault(
-    "rounding by chance mostly rounds towards zero",
+    "stochastic rounding mostly rounds towards zero",
     "jaxft/training/stochastic_rounding.py",
     "jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)",
     "jax.random.bits(key, x.shape, jnp.uint8).astype(jnp.uint32)",
     ("test_stochastic_rounding.py",),
   ),
   Fault(
-    "weights are whole where they are stored, and cut where they are used",
+    "weights are replicated in storage and sharded in use",
     "jaxft/sharding/rules.py",
     '"embed": (("fsdp",), ()),',
     '"embed": ((), ("fsdp",)),',
@@ -138,35 +138,35 @@ FAULTS = (
     ("test_dataset.py",),
   ),
   Fault(
-    "end tokens are masked as padding is",
+    "end tokens are masked like padding",
     "jaxft/data/packing.py",
     "mask[at] = span.stop - n + np.arange(n) - start >= prompt",
     "mask[at] = (span.stop - n + np.arange(n) - start >= prompt) & (values[1:] != self._eos_id)",
     ("test_dataset.py", "test_packing.py"),
   ),
   Fault(
-    "the last row is dropped where it is not full",
+    "the last sequence is dropped if it is not full",
     "jaxft/data/packing.py",
     "rows = np.arange(-(-len(tokens.ids) // T))",
     "rows = np.arange(len(tokens.ids) // T)",
     ("test_dataset.py",),
   ),
   Fault(
-    "a run that goes on takes its last batch again",
+    "a resumed run takes its last batch again",
     "jaxft/data/loader.py",
     "grain.MapDataset.source(steps)[start:]",
     "grain.MapDataset.source(steps)[max(start - 1, 0) :]",
     ("test_loader.py",),
   ),
   Fault(
-    "what is held out is trained on too",
+    "held-out sequences are trained on too",
     "jaxft/data/dataset.py",
     "np.flatnonzero(batch_splits == split)",
     "np.flatnonzero(batch_splits >= split)",
     ("test_dataset.py",),
   ),
   Fault(
-    "tokens are not made again for a tokenizer of the same size",
+    "the token cache is reused for another tokenizer of the same size",
     "jaxft/hf/tokenizer.py",
     "return hashlib.sha256(content.encode()).hexdigest()",
     "return hashlib.sha256(str(len(content)).encode()).hexdigest()",
@@ -203,28 +203,28 @@ FAULTS = (
   ),
   # ---- A run -------------------------------------------------------------------------------------
   Fault(
-    "checksums of a checkpoint are not compared where it is read",
+    "a restore does not compare the checksums of a checkpoint",
     "jaxft/checkpoint/manager.py",
     "wrong = [name for name in names if expected.get(name) != actual.get(name)]",
     "wrong = [name for name in names if name not in expected or name not in actual]",
     ("test_manager.py", "test_corruption.py"),
   ),
   Fault(
-    "the worst checkpoint is taken for the best",
+    "the worst checkpoint counts as the best",
     "jaxft/checkpoint/manager.py",
     'best_mode="min",',
     'best_mode="max",',
     ("test_guards.py", "test_recipes.py"),
   ),
   Fault(
-    "a run that is asked to stop says that it has saved, and has not",
+    "a preempted run reports a save that did not happen",
     "jaxft/training/loop.py",
     'if "save" in due or stopping or ended_early:',
     'if "save" in due or ended_early:',
     ("test_guards.py", "test_signals.py"),
   ),
   Fault(
-    "a file is written in place, not beside it and renamed",
+    "a file is overwritten in place, without a temporary file and a rename",
     "jaxft/utils/files.py",
     'partial = file.with_name(file.name + ".partial")',
     "partial = file",
@@ -238,7 +238,7 @@ FAULTS = (
     ("test_run_page.py",),
   ),
   Fault(
-    "a token of the hub is recorded",
+    "a hub token is recorded",
     "jaxft/utils/redact.py",
     'return HUB_TOKEN.sub("***", PARAMETER.sub(r"\\1***", LOGIN.sub("***@", text)))',
     'return PARAMETER.sub(r"\\1***", LOGIN.sub("***@", text))',
@@ -246,14 +246,14 @@ FAULTS = (
   ),
   # ---- Plans and pages ---------------------------------------------------------------------------
   Fault(
-    "the search for settings forgets the optimizer state",
+    "the search for settings ignores the optimizer state",
     "jaxft/plan/cost_model.py",
     "return int(weights + gradient + moments)",
     "return int(weights + gradient)",
     ("test_search.py",),
   ),
   Fault(
-    "a TPU's compiler is taken to count in powers of ten",
+    "sizes of a TPU's compiler are read in powers of ten",
     "jaxft/plan/measure.py",
     'UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}',
     'UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}',
@@ -437,8 +437,8 @@ def write_into_page(text: str) -> None:
   page = PAGE.read_text(encoding="utf-8")
   if BEGIN not in page:
     page += (
-      "\n## Faults that the tests catch\n\n`scripts/mutants.py` puts these into a copy of jaxft, "
-      f"one after the other, and writes this table:\n\n{BEGIN}\n{END}\n"
+      "\n## Faults that the tests catch\n\n`scripts/mutants.py` puts each of these faults into a "
+      f"copy of jaxft, one at a time, and writes this table:\n\n{BEGIN}\n{END}\n"
     )
   before, _, rest = page.partition(BEGIN)
   PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")

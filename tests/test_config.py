@@ -99,9 +99,9 @@ def test_unknown_setting_suggests_nearest_name(name, near):
     ("data.train", (), "empty"),
     ("optim.b2", 1.0, "below 1"),
     ("tracking.writers", ("jsonl", "wandbb"), "for 'wandbb', did you mean wandb?"),
-    ("tracking.writers", ("mlflow", "mlflow"), "mlflow is there twice"),
+    ("tracking.writers", ("mlflow", "mlflow"), "mlflow occurs twice"),
     ("model.path", "", "empty"),
-    ("data.train", (1,), "text"),
+    ("data.train", (1,), "a tuple of strings"),
     ("train.epochs", 1.0, "one of the two"),
     ("mesh.data", -1, "only one"),
     ("optim.warmup_ratio", 1.0, "below 1"),
@@ -174,9 +174,7 @@ def test_renamed_settings_of_earlier_runs_are_read(old, new):
   assert len(jaxft.config.diff_from_saved(saved, complete())) == 1
   assert jaxft.config.from_json(json.dumps(saved)) == jaxft.config.resolve(config)
   assert jaxft.config.flatten(jaxft.config.rename_saved(saved)) == jaxft.config.flatten(config)
-  assert jaxft.config.unknown_settings([old]) == [
-    f"config.{old}: there is no such setting; here it is {new}"
-  ]
+  assert jaxft.config.unknown_settings([old]) == [f"config.{old}: unknown setting; use {new}"]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

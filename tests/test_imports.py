@@ -52,7 +52,7 @@ def _module_of(name):
 
 def package(module):
   _, name, *_ = module.split(".")
-  if name in COMMANDS or module == "jaxft.plan.__main__":
+  if name in COMMANDS or module.endswith(".__main__"):
     return "commands"
   return "config" if name == "config_checks" else name
 

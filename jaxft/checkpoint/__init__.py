@@ -1,1 +1,1 @@
-"""Checkpoints: saved by Orbax, verified by checksums of our own."""
+"""Checkpoints: saved by Orbax, verified by checksums that jaxft adds."""

@@ -1,4 +1,4 @@
-"""A checksum of every leaf of a state, and whether it is finite, computed on the leaf's devices."""
+"""Checksums and finiteness of every leaf of a state, computed on its devices."""
 
 import functools
 from collections.abc import Callable
@@ -14,27 +14,28 @@ from jaxft.utils.types import PyTree
 
 ShardFn: TypeAlias = Callable[[per_device.LocalShard], jax.Array]
 ReduceFn: TypeAlias = Callable[..., jax.Array]  # jnp.all, jnp.sum
-KNUTH_MULTIPLIER = 2654435761  # of his multiplicative hash
+KNUTH_MULTIPLIER = 2654435761  # from Knuth's multiplicative hash
 
 
 def nonfinite_leaves(state: PyTree) -> list[str]:
-  """The paths of leaves that hold a NaN or an infinity."""
+  """Return the paths of the leaves with a NaN or an infinity."""
   is_finite = _reduce_over_shards(state, _shard_is_finite, jnp.all)
   return [path.lstrip(".") for path, finite in is_finite.items() if not finite]
 
 
 def checksums(state: PyTree) -> dict[str, int]:
-  """A 32-bit checksum of each leaf, by path: the same on every mesh, another after any flipped bit.
+  """Return a 32-bit checksum of each leaf, by path.
 
-  The sum over elements of (bits of the element) x (an odd number made from its index), modulo 2^32:
-  an odd factor loses no bit, and sums of integers do not depend on their order.
+  It is the sum over elements of (bits of the element) x (an odd number made from its index), modulo
+  2^32. Any flipped bit changes it, because multiplication by an odd factor loses no bit. It is the
+  same on every mesh, because a sum of integers does not depend on the order.
   """
   values = _reduce_over_shards(state, _shard_checksum, jnp.sum)
   return {path: int(value) for path, value in values.items()}
 
 
 def _reduce_over_shards(state: PyTree, f: ShardFn, reduce: ReduceFn) -> dict[str, np.ndarray]:
-  """Reduces `f` over the shards of each leaf, and over its rows where it is on the host."""
+  """Reduce `f` over the shards of each leaf, and over the rows of host leaves."""
   paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state))
   values = _compile(tuple(leaf.sharding for leaf in leaves), f, reduce)(list(leaves))
   return dict(zip(map(jax.tree_util.keystr, paths), np.asarray(values), strict=True))
@@ -44,12 +45,14 @@ def _reduce_over_shards(state: PyTree, f: ShardFn, reduce: ReduceFn) -> dict[str
 def _compile(
   shardings: tuple[Sharding, ...], f: ShardFn, reduce: ReduceFn
 ) -> Callable[[list[jax.Array]], jax.Array]:
+  """Compile the reduction for these shardings; cached for the next save."""
+
   def by_rows(shard: per_device.LocalShard) -> jax.Array:
     x = shard.values
     if jax.typeof(x).memory_space == jax.memory.Space.Device or not x.ndim:
       return f(shard._replace(values=jax.device_put(x, jax.memory.Space.Device)))
 
-    # Row by row: the device may have no room for a leaf that is on the host.
+    # Copy a row at a time: a leaf on the host may not fit on the device.
     def row(i: jax.Array | int) -> jax.Array:
       values = jax.device_put(jax.lax.dynamic_slice_in_dim(x, i, 1), jax.memory.Space.Device)
       first, *other = shard.offsets
@@ -80,17 +83,19 @@ def _shard_checksum(shard: per_device.LocalShard) -> jax.Array:
     index = index + along * jnp.uint32(stride % 2**32)
     stride *= shard.shape[axis]
   factor = (index * jnp.uint32(KNUTH_MULTIPLIER)) ^ (index >> 16) | jnp.uint32(1)
-  # A replica adds nothing.
+  # Replicas must not count twice.
   return jnp.where(shard.is_primary, jnp.sum(bits * factor, dtype=jnp.uint32), jnp.uint32(0))
 
 
 def chunk_checksum(x: np.ndarray, offsets: tuple[int, ...], shape: tuple[int, ...]) -> int:
-  """What a chunk of a leaf adds to its checksum, modulo 2^32: `_shard_checksum` in numpy.
+  """Return the share of a chunk in its leaf's checksum, modulo 2^32.
+
+  This is `_shard_checksum` in numpy, for chunks on disk.
 
   Args:
     x: the values of the chunk.
-    offsets: where it begins along each axis of the leaf.
-    shape: of the leaf.
+    offsets: start of the chunk along each axis of the leaf.
+    shape: shape of the leaf.
   """
   index = np.zeros(x.shape, np.uint32)
   stride = 1
@@ -98,7 +103,7 @@ def chunk_checksum(x: np.ndarray, offsets: tuple[int, ...], shape: tuple[int, ..
     along = (np.arange(x.shape[axis], dtype=np.uint64) + offsets[axis]) * stride
     index += along.astype(np.uint32).reshape(-1, *[1] * (x.ndim - 1 - axis))
     stride *= shape[axis]
-  # In place: a temporary of its own would be as large as the chunk.
+  # In place: each temporary would be as large as the chunk.
   factor = index * np.uint32(KNUTH_MULTIPLIER)
   index >>= np.uint32(16)
   factor ^= index

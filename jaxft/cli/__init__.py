@@ -1,1 +1,1 @@
-"""Command lines: our flags, those of transformers, and DeepSpeed's JSON."""
+"""Command lines: flags of jaxft and of transformers, and DeepSpeed's JSON configs."""

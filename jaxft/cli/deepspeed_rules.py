@@ -1,4 +1,4 @@
-"""Rules for the keys of a DeepSpeed config: a value becomes a setting, is ignored or refused."""
+"""Rules for keys of a DeepSpeed config: a value becomes a setting, is ignored or refused."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeGuard
@@ -10,7 +10,7 @@ AUTO = "auto: as the flags or their defaults say"
 
 
 class Context:
-  """The leaves of one file by their dotted names, and the settings that they became so far."""
+  """The leaves of one file by dotted name, and the settings translated so far."""
 
   def __init__(self, values: Mapping[str, object]):
     self.values = values
@@ -18,7 +18,16 @@ class Context:
     self.first_on: dict[str, str | None] = {}  # section -> the key that switches it on
 
   def set(self, name: str, value: object, why: str = "") -> str:
-    """Record a setting; return its outcome. Raises ValueError if it cannot have this value."""
+    """Set a setting and return its outcome.
+
+    Args:
+      name: the setting.
+      value: its value.
+      why: a reason to add to the outcome.
+
+    Raises:
+      ValueError: the setting cannot have this value.
+    """
     self.settings[name] = validate(name, value)
     return as_flag(name, self.settings[name]) + (f" ({why})" if why else "")
 
@@ -29,12 +38,12 @@ class Context:
 
 
 class Rule(NamedTuple):
-  """The meaning of a key."""
+  """The translation of a key."""
 
-  doc: str  # for the page
-  # (context, key, value) -> outcome; raises ValueError with the reason if the value is refused.
+  doc: str  # for docs/recipes/deepspeed.md
+  # (context, key, value) -> outcome; raises ValueError with the reason to refuse the value.
   translate: Callable[[Context, str, object], str]
-  handles_auto: bool = False  # else "auto" is `AUTO`
+  handles_auto: bool = False  # otherwise the outcome of "auto" is `AUTO`
 
 
 def as_flag(name: str, value: object) -> str:
@@ -43,10 +52,14 @@ def as_flag(name: str, value: object) -> str:
 
 
 def validate(name: str, value: object) -> object:
-  """Return the value with the type of this setting; raises ValueError with what it must be."""
+  """Return the value with the type of this setting.
+
+  Raises:
+    ValueError: the description of valid values.
+  """
   setting = jaxft.config.BY_NAME[name]
-  if is_number(value) and not abs(value) <= jaxft.config.MAX_INT:  # nor NaN
-    raise ValueError(f"at most {jaxft.config.MAX_INT:,}")
+  if is_number(value) and not abs(value) <= jaxft.config.MAX_INT:  # also true for NaN
+    raise ValueError(f"must be at most {jaxft.config.MAX_INT:,}")
   if isinstance(setting.default, float) and is_number(value):
     value = float(value)
   expected = config_checks.type_error(setting.kind, value) or setting.check(value)
@@ -56,24 +69,28 @@ def validate(name: str, value: object) -> object:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-  """Whether this is a JSON number, which true and false are not."""
+  """Return whether this is a JSON number; true and false are not numbers."""
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_off(value: object) -> bool:
-  """Whether this is false, null or 0."""
+  """Return whether this is false, null or 0."""
   return value is None or value is False or is_number(value) and value == 0
 
 
 def to_bool(value: object) -> bool:
-  """Return True for true; raises ValueError for anything but true, false or null."""
+  """Return whether this is true; raises ValueError unless it is true, false or null."""
   if value is not None and not isinstance(value, bool):
     raise ValueError("must be true or false")
   return bool(value)
 
 
 def to_count(value: object) -> int | None:
-  """Return a number of rows or steps, or None for "auto" and null; raises ValueError otherwise."""
+  """Return a number of sequences or steps, or None for "auto" and null.
+
+  Raises:
+    ValueError: not a valid number.
+  """
   if value is None or value == "auto":
     return None
   is_int = isinstance(value, int) and not isinstance(value, bool)
@@ -83,62 +100,78 @@ def to_count(value: object) -> int | None:
 
 
 def ignored(why: str) -> Rule:
-  """Make a rule that accepts any value, which has no meaning here."""
-  return Rule(f"nothing: {why}", lambda *_: f"nothing: {why}", handles_auto=True)
+  """Make a rule that accepts and ignores any value."""
+  return Rule(f"no effect: {why}", lambda *_: f"no effect: {why}", handles_auto=True)
 
 
 def maps_to(name: str, why: str = "") -> Rule:
-  """Make a rule by which the value is that of a setting."""
+  """Make a rule that passes the value to a setting.
+
+  Args:
+    name: the setting.
+    why: a remark for the outcome and the page.
+  """
   doc = f"`--config.{name}`" + (f" ({why})" if why else "")
   return Rule(doc, lambda ctx, _, value: ctx.set(name, value, why))
 
 
 def counts(doc: str, outcome: str) -> Rule:
-  """Make a rule of a number of rows or steps, which stands for {} in the outcome."""
+  """Make a rule for a number of sequences or steps.
+
+  Args:
+    doc: the text on the page.
+    outcome: the outcome, with {} for the number.
+  """
 
   def translate(_: Context, __: str, value: object) -> str:
     count = to_count(value)
-    return "nothing: null" if count is None else outcome.format(count)
+    return "no effect: null" if count is None else outcome.format(count)
 
   return Rule(doc, translate)
 
 
 def when_true(name: str, setting_value: object, why: str = "") -> Rule:
-  """Make a rule of a switch that gives a setting one value."""
+  """Make a rule for a switch that sets a setting to one value.
+
+  Args:
+    name: the setting.
+    setting_value: its value if the switch is true.
+    why: a remark for the outcome and the page.
+  """
 
   def translate(ctx: Context, _: str, value: object) -> str:
-    return ctx.set(name, setting_value, why) if to_bool(value) else "nothing: it is off"
+    return ctx.set(name, setting_value, why) if to_bool(value) else "no effect: it is off"
 
   doc = f"`true`: `{as_flag(name, setting_value)}`" + (f" ({why})" if why else "")
   return Rule(doc, translate)
 
 
 def must_be_off(way_out: str) -> Rule:
-  """Make a rule that refuses anything but false, null or 0."""
+  """Make a rule that accepts only false, null and 0; the error is `way_out`."""
 
   def translate(_: Context, __: str, value: object) -> str:
     if not is_off(value):
       raise ValueError(way_out)
-    return "nothing: it is off"
+    return "no effect: it is off"
 
-  return Rule(f"refused, unless it is off: {way_out}", translate)
+  return Rule(f"refused unless off: {way_out}", translate)
 
 
 def must_be(required: str | int, way_out: str) -> Rule:
-  """Make a rule that refuses anything but the value for what always happens."""
+  """Make a rule that accepts only one value, which has no effect; the error is `way_out`."""
   is_bool = isinstance(required, bool)
 
   def translate(_: Context, __: str, value: object) -> str:
     if value is not None and (value != required or isinstance(value, bool) != is_bool):
       raise ValueError(way_out)
-    return "nothing: always so"
+    return "no effect: the only supported value"
 
   text = str(required).lower() if is_bool else required
-  return Rule(f"`{text}`: always so; refused otherwise: {way_out}", translate)
+  return Rule(f"only `{text}`; other values are refused: {way_out}", translate)
 
 
 def by_key(rules: dict[str, Rule]) -> dict[str, Rule]:
-  """Return the rule of each key; "section: a b" in `rules` stands for section.a and section.b."""
+  """Return the rule of each key; "section: a b" in `rules` means section.a and section.b."""
   result = {}
   for names, rule in rules.items():
     section, colon, keys = names.rpartition(": ")

@@ -1,4 +1,4 @@
-"""Types of optimizers and schedulers of a DeepSpeed config, each with its parameters."""
+"""Types of optimizers and schedulers in a DeepSpeed config, with the rules of their parameters."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ def _lr(ctx: Context, _: str, value: object) -> str:
   peak = ctx.values.get("scheduler.params.warmup_max_lr")
   has_peak = ctx.type_of("scheduler") in ("warmuplr", "warmupdecaylr") and is_number(peak)
   if has_peak and peak != value:
-    return "nothing: scheduler.params.warmup_max_lr is the peak, as in DeepSpeed"
+    return "no effect: scheduler.params.warmup_max_lr is the peak, as in DeepSpeed"
   return ctx.set("optim.learning_rate", value)
 
 
@@ -47,32 +47,32 @@ def _two(value: object) -> list[object]:
 
 def _adam_w_mode(ctx: Context, key: str, value: object) -> str:
   if to_bool(value) or value is None:
-    return "nothing: always so"
+    return "no effect: always true"
   if ctx.type_of("optimizer") == "adamw":
-    return "nothing: DeepSpeed's AdamW does not read it"
+    return "no effect: DeepSpeed's AdamW does not read it"
   decay = ctx.values.get("optimizer.params.weight_decay")
   if not is_number(decay) or decay:
     raise ValueError(
-      "the decay is decoupled here, as in AdamW: set it to true, or optimizer.params.weight_decay "
-      "to 0"
+      "jaxft uses decoupled weight decay, as in AdamW; set it to true, or "
+      "optimizer.params.weight_decay to 0"
     )
-  return "nothing: there is no decay"
+  return "no effect: no weight decay"
 
 
 def _torch_adam(ctx: Context, _: str, value: object) -> str:
   if to_bool(value) and "optimizer.params.weight_decay" not in ctx.values:
     why = "torch's default, as weight_decay is not in the file"
     return ctx.set("optim.weight_decay", 0.01, why)
-  return "nothing: there is one Adam"
+  return "no effect: jaxft has only one Adam"
 
 
 def _sgd_decay(ctx: Context, _: str, value: object) -> str:
   has_momentum = not is_off(ctx.values.get("optimizer.params.momentum"))
   if value == "auto":
-    return AUTO + ("; decoupled here" if has_momentum else "")
+    return AUTO + ("; with decoupled decay" if has_momentum else "")
   if has_momentum and not is_off(value):
     raise ValueError(
-      "the decay is decoupled here, and torch's goes through the momentum: set one of the two to 0"
+      "jaxft's weight decay is decoupled, torch's enters the momentum; set one of the two to 0"
     )
   return ctx.set("optim.weight_decay", value)
 
@@ -81,10 +81,10 @@ def _muon_lr(ctx: Context, _: str, value: object) -> str:
   validate("optim.learning_rate", value)
   if not is_number(ctx.values.get("optimizer.params.adam_lr")):
     raise ValueError(
-      "a step of Muon has the size of AdamW's here, and another one in DeepSpeed: give adam_lr, a "
+      "jaxft scales steps of Muon to the size of AdamW's, DeepSpeed does not; give adam_lr, a "
       "learning rate for AdamW"
     )
-  return "nothing: adam_lr is for all weights, as a step of Muon has the size of AdamW's here"
+  return "no effect: adam_lr applies to all weights, as steps of Muon are scaled to AdamW's"
 
 
 LR = Rule(
@@ -94,13 +94,13 @@ BETAS = Rule("`--config.optim.b1` and `--config.optim.b2`", _betas)
 DECAY = maps_to("optim.weight_decay")
 EPS = maps_to("optim.eps")
 MOMENTUM = maps_to("optim.b1")
-KERNELS = ignored("it says which kernel computes the same")
-VARIANT = must_be_off("there is no such variant: leave it out")
+KERNELS = ignored("selects another kernel with the same result")
+VARIANT = must_be_off("this variant is not supported; leave it out")
 FIRST_MOMENT = ("optim.state_dtype", "bfloat16", "the first moment; the second stays float32")
 FLOAT32_STATES = Rule(
   "`false`: `--config.optim.state_dtype=bfloat16` (the first moment)",
   lambda ctx, _, value: (
-    "nothing: always so" if value is None or to_bool(value) else ctx.set(*FIRST_MOMENT)
+    "no effect: always true" if value is None or to_bool(value) else ctx.set(*FIRST_MOMENT)
   ),
 )
 ADAM = by_key(
@@ -110,17 +110,17 @@ ADAM = by_key(
     "eps": EPS,
     "weight_decay": DECAY,
     "adam_w_mode adamw_mode": Rule(
-      "`true`: always so; `false`: refused where weights decay, and the optimizer is not `AdamW`",
+      "`true`: no effect; `false` is refused with weight decay, except for `AdamW`",
       _adam_w_mode,
     ),
     "torch_adam": Rule(
-      "nothing; `true` without a `weight_decay`: `--config.optim.weight_decay=0.01`", _torch_adam
+      "no effect; `true` without `weight_decay`: `--config.optim.weight_decay=0.01`", _torch_adam
     ),
     "fp32_optimizer_states": FLOAT32_STATES,
-    "bias_correction": must_be(True, "moments are always corrected for their start"),
+    "bias_correction": must_be(True, "moments are always bias-corrected; set it to true"),
     "amsgrad maximize": VARIANT,
     "set_grad_none fused foreach capturable differentiable": KERNELS,
-    "max_grad_norm": must_be_off("DeepSpeed refuses it too: give gradient_clipping"),
+    "max_grad_norm": must_be_off("DeepSpeed refuses it too; use gradient_clipping"),
   }
 )
 LION = {
@@ -131,7 +131,7 @@ LION = {
   "set_grad_none": KERNELS,
 }
 MUON_LR = Rule(
-  "nothing, beside `adam_lr`; refused without it: a step of Muon has the size of AdamW's here",
+  "no effect with `adam_lr`, else refused: steps of Muon are scaled to the size of AdamW's",
   _muon_lr,
 )
 MUON = {
@@ -144,7 +144,7 @@ MUON = {
   "weight_decay": DECAY,
   "ns_method": KERNELS,
 }
-SGD_DECAY = Rule("`--config.optim.weight_decay`; refused beside a momentum", _sgd_decay, True)
+SGD_DECAY = Rule("`--config.optim.weight_decay`; refused with a momentum", _sgd_decay, True)
 SGD = by_key(
   {
     "lr": LR,
@@ -157,7 +157,7 @@ SGD = by_key(
 
 
 class TypeRule(NamedTuple):
-  """A type of optimizer or scheduler."""
+  """A type of optimizer or scheduler: the value of its setting, and rules by parameter."""
 
   setting: str
   params: dict[str, Rule]
@@ -169,8 +169,8 @@ OPTIMIZERS = {
   "Muon": TypeRule("muon", MUON),
   "SGD": TypeRule("sgd", SGD),
 }
-ONE_BIT = "devices send whole gradients here, not their signs: set it to AdamW"
-OTHER_OPTIMIZER = "there is no such optimizer: set it to AdamW, Lion, Muon or SGD"
+ONE_BIT = "compressed gradients are not supported; set it to AdamW"
+OTHER_OPTIMIZER = "not supported; set it to AdamW, Lion, Muon or SGD"
 OTHER_OPTIMIZERS = (
   "Lamb FusedLamb Adagrad DeepSpeedCPUAdagrad MuAdam MuAdamW MuSGD Adadelta Adamax ASGD LBFGS "
   "NAdam RAdam RMSprop Rprop SparseAdam"
@@ -178,8 +178,8 @@ OTHER_OPTIMIZERS = (
 UNSUPPORTED_OPTIMIZERS = {
   **dict.fromkeys(("OneBitAdam", "ZeroOneAdam", "OneBitLamb"), ONE_BIT),
   **dict.fromkeys(OTHER_OPTIMIZERS.split(), OTHER_OPTIMIZER),
-  "Adafactor": "the learning rate of torch's Adafactor is a share of the weights: set it to AdamW, "
-  "or leave the optimizer out and give --config.optim.name=adafactor",
+  "Adafactor": "torch's Adafactor scales the learning rate by the weights; set it to AdamW, or "
+  "leave the optimizer out and use --config.optim.name=adafactor",
 }
 
 
@@ -190,12 +190,12 @@ def optimizer_type(ctx: Context, _: str, value: object) -> str:
   rates = ("optimizer.params.lr", "optimizer.params.adam_lr", "scheduler.params.warmup_max_lr")
   outcomes = [ctx.set("optim.name", rule.setting)]
   if name == "SGD" and momentum is None:
-    outcomes.append(ctx.set("optim.b1", 0.0, "it has no momentum in the file"))
+    outcomes.append(ctx.set("optim.b1", 0.0, "the file sets no momentum"))
   if name == "Muon" and momentum is None:
     outcomes.append(ctx.set("optim.b1", 0.95, "DeepSpeed's default momentum"))
   if all(ctx.values.get(rate) is None for rate in rates):
     outcomes.append(
-      "(it has no lr in the file: the flags or their defaults say, 0.001 in DeepSpeed)"
+      "(the file sets no lr: set by flags or their defaults; DeepSpeed's default is 0.001)"
     )
   return " ".join(outcomes)
 
@@ -216,10 +216,10 @@ def _warmup_start(ctx: Context, _: str, value: object) -> str:
   if not is_number(value) or value < 0:
     raise ValueError("must be a number, at least 0")
   if value and value == ctx.values.get("scheduler.params.warmup_max_lr"):
-    return "nothing: it is the peak, so there is no warm-up"
+    return "no effect: equals the peak, so no warm-up"
   if value > 1e-6:
-    raise ValueError("the warm-up begins at 0: set it to 0, or to warmup_max_lr for no warm-up")
-  return "nothing: the warm-up begins at 0"
+    raise ValueError("the warm-up begins at 0; set it to 0, or to warmup_max_lr for no warm-up")
+  return "no effect: the warm-up begins at 0"
 
 
 def _warmup_steps(ctx: Context, _: str, value: object) -> str:
@@ -234,15 +234,15 @@ def _warmup_type(_: Context, __: str, value: object) -> str:
   if value not in (None, "linear", "log"):
     raise ValueError('must be "linear" or "log"')
   if value == "linear":
-    return "nothing: always so"
-  return "nothing: the warm-up rises in a line; the log is faster at first"
+    return "no effect: always linear"
+  return "no effect: the warm-up is always linear; log rises faster at first"
 
 
 def _total_steps(ctx: Context, _: str, value: object) -> str:
   to_count(value)
   if value is None:
-    return "nothing: null"
-  epochs = ctx.set("train.epochs", 0.0, "a schedule ends where the run does")
+    return "no effect: null"
+  epochs = ctx.set("train.epochs", 0.0, "a schedule ends with the run")
   return f"{ctx.set('train.steps', value)} {epochs}"
 
 
@@ -255,8 +255,8 @@ def _end_learning_rate(ctx: Context, _: str, value: object) -> str:
   peak = ctx.values.get("optimizer.params.lr")
   if not is_number(peak):
     raise ValueError(
-      "a share of which learning rate? give optimizer.params.lr, or "
-      "--config.optim.end_learning_rate instead"
+      "a share of an unknown learning rate; give optimizer.params.lr, or use "
+      "--config.optim.end_learning_rate"
     )
   validate("optim.learning_rate", peak)
   return ctx.set("optim.end_learning_rate", value * peak, why)
@@ -265,25 +265,24 @@ def _end_learning_rate(ctx: Context, _: str, value: object) -> str:
 WARMUP = {
   "warmup_num_steps": Rule("`--config.optim.warmup_steps`", _warmup_steps),
   "warmup_type": Rule(
-    "nothing: the warm-up rises in a line; DeepSpeed's default `log` is faster at first",
+    "no effect: the warm-up is always linear; DeepSpeed's default `log` rises faster at first",
     _warmup_type,
   ),
-  "last_batch_iteration": must_be(-1, "a run is continued from its own checkpoints: leave it out"),
+  "last_batch_iteration": must_be(-1, "a run resumes from its own checkpoints; leave it out"),
 }
 WARMUP_RATES = {
   "warmup_min_lr": Rule(
-    "nothing up to 1e-6: the warm-up begins at 0; `warmup_max_lr`: no warm-up; refused: others",
+    "up to 1e-6: no effect, the warm-up begins at 0; `warmup_max_lr`: no warm-up; other values are "
+    "refused",
     _warmup_start,
   ),
   "warmup_max_lr": maps_to("optim.learning_rate"),
 }
 TOTAL_STEPS = {
-  "total_num_steps": Rule(
-    "`--config.train.steps`: a schedule ends where the run does", _total_steps
-  )
+  "total_num_steps": Rule("`--config.train.steps`: a schedule ends with the run", _total_steps)
 }
 RATIOS = {
-  "warmup_min_ratio": must_be_off("the warm-up begins at 0: set it to 0"),
+  "warmup_min_ratio": must_be_off("the warm-up begins at 0; set it to 0"),
   "cos_min_ratio": Rule(
     "`--config.optim.end_learning_rate`: this share of `optimizer.params.lr`", _end_learning_rate
   ),
@@ -293,10 +292,10 @@ SCHEDULERS = {
   "WarmupDecayLR": TypeRule("linear", WARMUP_RATES | WARMUP | TOTAL_STEPS),
   "WarmupCosineLR": TypeRule("cosine", WARMUP | TOTAL_STEPS | RATIOS),
 }
-OTHER_SCHEDULER = "there is no such schedule: set it to WarmupLR, WarmupDecayLR or WarmupCosineLR"
+OTHER_SCHEDULER = "not supported; set it to WarmupLR, WarmupDecayLR or WarmupCosineLR"
 UNSUPPORTED_SCHEDULERS = {
-  "LRRangeTest": "a test of learning rates is several runs here: set it to WarmupLR, and compare "
-  "runs with jaxft.report",
+  "LRRangeTest": "to test learning rates, start several runs with WarmupLR and compare them with "
+  "jaxft.report",
   "OneCycle": OTHER_SCHEDULER,
 }
 
@@ -306,9 +305,9 @@ def scheduler_type(ctx: Context, _: str, value: object) -> str:
   name, rule = _find_type(value, SCHEDULERS, UNSUPPORTED_SCHEDULERS, OTHER_SCHEDULER)
   notes = ["constant after the warm-up"] if name == "WarmupLR" else []
   if "scheduler.params.warmup_type" not in ctx.values:
-    notes.append("the warm-up rises in a line; the log, DeepSpeed's default, is faster at first")
+    notes.append("linear warm-up; DeepSpeed's default, log, rises faster at first")
   if "scheduler.params.warmup_num_steps" not in ctx.values:
-    notes.append("the flags or their defaults say how long it is; 1,000 steps in DeepSpeed")
+    notes.append("flags or their defaults set its length; DeepSpeed's default is 1,000 steps")
   return ctx.set("optim.schedule", rule.setting, "; ".join(notes))
 
 

@@ -1,13 +1,15 @@
-"""Command-line flags of the commands that take a config, and the model that the others open."""
+"""Command-line flags of commands with a config, and the model that other commands open."""
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import importlib.machinery
 import importlib.util
 import itertools
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -18,7 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 import jaxft.config
 from jaxft import pretrained
-from jaxft.cli import run_clm, usage
+from jaxft.cli import commands, run_clm, usage
 from jaxft.distributed import multihost, rendezvous
 from jaxft.errors import RequestError
 from jaxft.utils import backend
@@ -30,6 +32,8 @@ STR_FLAGS = ("workdir", "require", "coordinator")
 
 
 class TrainArguments(NamedTuple):
+  """The parsed command line of train: its config and the values of its flags."""
+
   config: ConfigDict
   config_file: Path
   workdir: Path
@@ -56,8 +60,7 @@ def parse_train() -> TrainArguments:
   own_flags = (*BOOL_FLAGS, *STR_FLAGS, *int_flags)
   sys.argv[1:], per_device = run_clm.translate(_join_values(sys.argv[1:]), own_flags)
   values = parse(usage.TRAIN, BOOL_FLAGS, STR_FLAGS, int_flags)
-  config_file = Path(expand_user(values.config_file))
-  default_workdir = f"runs/{Path(values.config_file).stem}"
+  default_workdir = f"runs/{Path(values.config_name).stem}"
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
@@ -69,7 +72,7 @@ def parse_train() -> TrainArguments:
     )
   return TrainArguments(
     config=values.config,
-    config_file=config_file,
+    config_file=values.config_file,
     workdir=Path(expand_user(values.workdir) if values.workdir else default_workdir),
     require=values.require,
     process_info=process_info,
@@ -87,27 +90,38 @@ def parse(
   int_flags: Mapping[str, int | None] = MappingProxyType({}),
   list_flags: tuple[str, ...] = (),
 ) -> SimpleNamespace:
-  """Parse `sys.argv`, which ml_collections reads too: the config, its file and the flags.
+  """Parse `sys.argv`: the config file, its overrides and the flags of the command.
 
-  `--help` prints `usage_text` and ends the process. Flags in `list_flags` may be repeated, and give
-  lists. Raises RequestError with every unknown setting, or with the first other error.
+  Args:
+    usage_text: printed for `--help`, which ends the process.
+    bool_flags: names of flags that are true or false.
+    str_flags: names of flags with a text.
+    int_flags: names and defaults of flags with a whole number.
+    list_flags: names of flags that may be repeated; their values are lists.
+
+  Returns:
+    `config`, `config_file` and the value of each flag.
+
+  Raises:
+    RequestError: one line for each unknown setting, or the first other error.
   """
   if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) == 1:
-    print(usage_text)
+    print(commands.as_typed(usage_text))
     sys.exit(0 if len(sys.argv) > 1 else 2)
   argv = _join_values(sys.argv)
   words = [word.removeprefix("--config.") for word in argv[1:] if word.startswith("--config.")]
   if lines := jaxft.config.unknown_settings([word.split("=")[0] for word in words]):
     raise RequestError("\n".join(lines))
   overrides = dict(word.split("=", 1) for word in words if "=" in word)
-  argv, file = _pop_config_file([_quote_tuple_value(word) for word in argv])
-  config = _load_config(file) if file else jaxft.config.default()
-  _prepare_for_overrides(config, overrides, file)
+  argv, config_name = _pop_config_name([_quote_tuple_value(word) for word in argv])
+  file, texts = _find_config(config_name) if config_name else (None, [])
+  config = _load_config(file, texts) if file else jaxft.config.default()
+  _prepare_for_overrides(config, overrides, config_name)
 
   values = flags.FlagValues()
   try:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-  except Exception as error:  # a section of the file is not a section
+  except Exception as error:  # the file has replaced a section by another value
     raise RequestError(f"--config: {_one_line_error(error)}") from error
   for name in str_flags:
     flags.DEFINE_string(name, None, "", flag_values=values)
@@ -122,16 +136,17 @@ def parse(
   except flags.UnrecognizedFlagError as error:
     hint = _suggestion(error.flagname, [*bool_flags, *str_flags, *int_flags])
     raise RequestError(f"--{error.flagname}: no such flag; {hint}") from error
-  except Exception as error:  # whatever the parser raises on an override
+  except Exception as error:  # an invalid override: the parser raises errors of many types
     raise RequestError(_one_line_error(error)) from error
   if rest[1:]:
-    raise RequestError(f"{rest[1]!r}: not a flag; --help shows what there is")
+    raise RequestError(f"{rest[1]!r}: not a flag; --help lists all flags")
   if not file:
-    raise RequestError("--config is missing; name a file, such as --config configs/quickstart.py")
+    raise RequestError("--config is missing; name a file, or a shipped config: --config quickstart")
   config = jaxft.config.normalize(config)
   return SimpleNamespace(
     config=config,
     config_file=file,
+    config_name=config_name,
     **{name: values[name].value for name in (*bool_flags, *str_flags, *list_flags, *int_flags)},
   )
 
@@ -139,9 +154,10 @@ def parse(
 def _prepare_for_overrides(
   config: ConfigDict, overrides: Mapping[str, str], file: str | None
 ) -> None:
-  """Prepare the config of a file for the settings of the command line.
+  """Prepare the config of a file for the overrides on the command line.
 
-  A setting replaces its counterpart in the file, and training text brings its own held-out text.
+  An override also resets its counterpart in `EXCLUSIVE_PAIRS`. New training data also resets the
+  file's held-out set.
   """
   from_file = jaxft.config.flatten(config)
 
@@ -152,7 +168,7 @@ def _prepare_for_overrides(
 
   for pair in jaxft.config.EXCLUSIVE_PAIRS:
     for one, other in (pair, pair[::-1]):
-      # With 0 steps the epochs count, but 0 steps of warm-up mean no warm-up.
+      # train.steps=0 means "use train.epochs", but optim.warmup_steps=0 means "no warm-up".
       is_set = one in overrides and (one.startswith("optim.") or overrides[one].strip("0.") != "")
       if is_set and other not in overrides and other in from_file:
         set_value(other, jaxft.config.BY_NAME[other].default)
@@ -164,14 +180,14 @@ def _prepare_for_overrides(
       fraction = jaxft.config.BY_NAME[key].default
       set_value(key, fraction)
     print(
-      f"{file}: its config.data.validation goes with its own config.data.train; a share of "
-      f"{fraction} of the new text is held out instead (to keep it: "
+      f"{file}: config.data.validation is ignored, as the command line sets config.data.train; a "
+      f"share of {fraction} of the new text is held out instead (to keep it: "
       f"--config.data.validation={held_out[0] if isinstance(held_out, tuple) else held_out})",
       file=sys.stderr,
     )
     set_value("data.validation", ())
   for name in overrides.keys() & from_file.keys() & jaxft.config.BY_NAME.keys():
-    # The parser takes the type of the value in the file: text for text, a tuple for a tuple.
+    # The parser derives the type of an override from the file's value: give that the right type.
     default = jaxft.config.BY_NAME[name].default
     if jaxft.config.BY_NAME[name].literals:
       set_value(name, str(from_file[name]))
@@ -182,7 +198,7 @@ def _prepare_for_overrides(
 
 
 def _join_values(argv: list[str]) -> list[str]:
-  """Write each setting as one word, --config.key=value: its value may be the next word."""
+  """Join each `--config.key value` to one word, `--config.key=value`."""
   words = []
   rest = iter(argv)
   for word in rest:
@@ -194,7 +210,7 @@ def _join_values(argv: list[str]) -> list[str]:
   return words
 
 
-def _pop_config_file(words: list[str]) -> tuple[list[str], str | None]:
+def _pop_config_name(words: list[str]) -> tuple[list[str], str | None]:
   """Return the words without --config FILE, and FILE."""
   others = []
   file = None
@@ -209,42 +225,94 @@ def _pop_config_file(words: list[str]) -> tuple[list[str], str | None]:
   return others, file
 
 
-def _load_config(file: str) -> ConfigDict:
-  """Return what get_config() in a file returns; FILE:TEXT gives it the text.
+def load_config(name: str) -> ConfigDict:
+  """Load a config to change and train with, as `--config NAME` does.
 
-  Raises RequestError whatever goes wrong in the file.
+  Args:
+    name: a Python file with get_config(), or the name of a shipped config such as
+      "gpt2_tinystories"; "NAME:TEXT" calls get_config(TEXT).
+
+  Raises:
+    RequestError: no such config, or its file fails.
   """
-  ends = [len(file), *(i for i in reversed(range(len(file))) if file[i] == ":")]
-  end = next((end for end in ends if _is_file(Path(expand_user(file[:end])))), None)
-  if end is None:
-    raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
-  path = Path(expand_user(file[:end]))
-  arguments = [file[end + 1 :]] if end < len(file) else []
+  return _load_config(*_find_config(name))
+
+
+def _find_config(name: str) -> tuple[Path, list[str]]:
+  """Find a config file, or a shipped config by its name; NAME:TEXT also returns [TEXT].
+
+  Raises RequestError with the most similar name of a shipped config.
+  """
+  ends = [len(name), *(i for i in reversed(range(len(name))) if name[i] == ":")]
+  for find in (_existing_file, commands.find_config):
+    for end in ends:
+      if path := find(name[:end]):
+        return path, [name[end + 1 :]] if end < len(name) else []
+  hint = commands.config_suggestion(name)
+  raise RequestError(f"--config: {name!r}: no such file or shipped config; {hint}")
+
+
+def _existing_file(name: str) -> Path | None:
+  path = Path(expand_user(name))
+  return path if _is_file(path) else None
+
+
+def _load_config(path: Path, texts: list[str]) -> ConfigDict:
+  """Return the result of get_config(*texts) in a file.
+
+  Raises RequestError for every error in the file.
+  """
   if path.suffix == ".json":
     raise RequestError(
-      f"--config: {file!r}: a config is Python with a get_config(), such as configs/quickstart.py"
+      f"--config: {str(path)!r}: must be a Python file with get_config(), such as "
+      "configs/quickstart.py"
     )
   loader = importlib.machinery.SourceFileLoader("jaxft_config", str(path))
   spec = importlib.util.spec_from_loader(loader.name, loader)
-  assert spec  # as there is a loader
+  assert spec  # never None with a loader
   module = importlib.util.module_from_spec(spec)
-  sys.modules[loader.name] = module  # where dataclasses look for theirs
+  sys.modules[loader.name] = module  # dataclasses look up their module here
   try:
     loader.exec_module(module)
-    config = module.get_config(*arguments)
-  except (Exception, SystemExit) as error:  # whatever the file raises while it runs
+    config = module.get_config(*texts)
+  except RequestError as error:  # of jaxft.config.resolve, with a line for each setting
+    lines = str(error).splitlines()
+    raise RequestError("\n".join(f"--config: {path}: {line}" for line in lines)) from error
+  except (Exception, SystemExit) as error:  # the file may raise anything
+    if line := _unknown_setting(error):
+      raise RequestError(f"--config: {path}: {line}") from error
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    for old, new in jaxft.config.RENAMED.items():
-      # ConfigDict's sentence about a key, with the keys that its section has.
-      missing = f'AttributeError: \'Key "{old.split(".")[1]}" does not exist'
-      if reason.startswith(missing) and new.split(".")[1] in reason:
-        reason = f"config.{old}: there is no such setting; here it is {new}"
-    raise RequestError(f"--config: the config file does not run: {reason}") from error
+    raise RequestError(f"--config: {path} failed: {reason}") from error
   if not isinstance(config, ConfigDict):
     raise RequestError(
-      f"--config: get_config() in {path} returned no ConfigDict; start from jaxft.config.default()"
+      f"--config: get_config() in {path} must return a ConfigDict; start from "
+      "jaxft.config.default()"
     )
   return config.as_configdict() if isinstance(config, FrozenConfigDict) else config
+
+
+def _unknown_setting(error: BaseException) -> str | None:
+  """Return a line about the setting or section that a config does not have, or None.
+
+  The message of ml_collections lists all other settings but not the section, so look at the call
+  that raised the error: `ConfigDict.__setattr__(self, attribute, value)`, or `__getitem__`, ...
+  """
+  frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+  values = frames[-1].f_locals
+  config = values.get("self")
+  key = values.get("attribute", values.get("key"))
+  if not isinstance(config, ConfigDict) or not isinstance(key, str) or key in config:
+    return None
+  keys = {*config}
+  if {*jaxft.config.SECTIONS} <= keys:  # the whole config
+    near = difflib.get_close_matches(key, jaxft.config.SECTIONS, 1)
+    if near and key not in jaxft.config.FOREIGN_NAMES:
+      return f"config.{key}: unknown section; did you mean config.{near[0]}?"
+    return jaxft.config.unknown_settings([key])[0]
+  for section, fields in jaxft.config.SECTIONS.items():
+    if {field.name for field in dataclasses.fields(fields)} <= keys:
+      return jaxft.config.unknown_settings([f"{section}.{key}"])[0]
+  return None
 
 
 def _is_file(path: Path) -> bool:
@@ -252,7 +320,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _quote_tuple_value(word: str) -> str:
-  """Quote a text for a tuple setting: a blank or a bracket in it would confuse the parser."""
+  """Quote the value of a tuple setting: the parser misreads spaces and brackets."""
   name, equals, value = word.partition("=")
   setting = jaxft.config.BY_NAME.get(name.removeprefix("--config."))
   if not equals or setting is None:
@@ -263,7 +331,7 @@ def _quote_tuple_value(word: str) -> str:
     return word
   try:
     literal = ast.literal_eval(value)
-  # A text may be any odd Python: {[]} is a TypeError, a thousand dashes a RecursionError.
+  # Any text may come: {[]} raises TypeError, a thousand dashes raise RecursionError.
   except Exception:
     literal = None
   is_tuple = isinstance(literal, tuple) and all(isinstance(it, str) for it in literal)
@@ -271,7 +339,12 @@ def _quote_tuple_value(word: str) -> str:
 
 
 def unescape(text: str, name: str) -> str:
-  """Replace \\n, \\r and \\t, which no shell does, and print the result if it differs."""
+  r"""Replace \n, \r and \t, as shells do not, and print the result if it differs.
+
+  Args:
+    text: the text from the command line.
+    name: the flag, for the printed line.
+  """
   result = re.sub(r"\\([nrt])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}[match[1]], text)
   if result != text:
     print(f"{name}={text}: read as {result!r}", file=sys.stderr)
@@ -279,7 +352,7 @@ def unescape(text: str, name: str) -> str:
 
 
 def _suggestion(name: str, own_flags: list[str]) -> str:
-  """Suggest a similar flag, or the setting that has this name, here or in another tool."""
+  """Suggest a similar flag, or the setting with this name in jaxft or in another tool."""
   if near := difflib.get_close_matches(name, own_flags, 1):
     return f"did you mean --{near[0]}?"
   setting = jaxft.config.FOREIGN_NAMES.get(name)
@@ -287,23 +360,32 @@ def _suggestion(name: str, own_flags: list[str]) -> str:
     setting = run_clm.MAPPED[name].setting
   same_key = (known for known in jaxft.config.BY_NAME if known.split(".")[1] == name)
   setting = setting or next(same_key, None)
-  return f"did you mean --config.{setting}?" if setting else "--help shows what there is"
+  return f"did you mean --config.{setting}?" if setting else "--help lists all flags"
 
 
 def _one_line_error(error: Exception) -> str:
-  """Say what is wrong with a flag, in one line, without the parser's own words around it."""
+  """Rewrite an error of the absl or ml_collections parser as one plain line."""
   text = " ".join(line.strip() for line in str(error).splitlines()).removeprefix("flag ")
   text = re.sub(
-    r"\('Non-boolean argument to boolean flag', '?(.*?)'?\)", r"\1 is neither true nor false", text
+    r"\('Non-boolean argument to boolean flag', '?(.*?)'?\)", r"\1 is not true or false", text
   )
-  text = re.sub(r"invalid literal for int\(\) with base \d+: (.*)", r"\1 is no whole number", text)
-  return re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
+  text = re.sub(
+    r"invalid literal for int\(\) with base \d+: (.*)", r"\1 is not a whole number", text
+  )
+  return re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
 
 
 def load_model(arguments: argparse.Namespace) -> pretrained.Pretrained:
-  """Open the model that the arguments of a `ModelParser` name."""
+  """Load the model that a command line names.
+
+  Args:
+    arguments: parsed by a `ModelParser`.
+
+  Raises:
+    RequestError: --step without --workdir, or no such model.
+  """
   if arguments.step is not None and not arguments.workdir:
-    raise RequestError("--step goes with --workdir: a Hugging Face folder has no steps")
+    raise RequestError("--step needs --workdir: a Hugging Face folder has no steps")
   backend.configure_jax()
   backend.require_device(arguments.require)
   if arguments.workdir:

@@ -1,4 +1,4 @@
-"""The flags of transformers' run_clm.py, translated to jaxft's, and the config they start from.
+"""Translation of transformers' run_clm.py flags to jaxft's, and the defaults of run_clm.py.
 
 python -m jaxft.train --model_name_or_path gpt2 --train_file a.txt --do_train --output_dir runs/x
 """
@@ -28,12 +28,12 @@ TRUE = ("true", "1", "yes", "y", "t", "")
 
 
 class MapsTo(NamedTuple):
-  """The setting that a flag becomes."""
+  """The setting for a flag, and the conversion of its value."""
 
   setting: str
-  # None: nothing is set. Raises ValueError with the reason if the value has no meaning here.
+  # Returns None to leave the setting unchanged; raises ValueError with the reason for a bad value.
   value: Callable[[str], str | None] = str
-  remark: str = ""  # for the page
+  remark: str = ""  # for docs/recipes/run_clm.md
 
 
 def _choice(**choices: str) -> Callable[[str], str]:
@@ -41,7 +41,7 @@ def _choice(**choices: str) -> Callable[[str], str]:
     if text not in choices:
       near = difflib.get_close_matches(text, choices, 1)
       hint = f"; did you mean {near[0]}?" if near else ""
-      raise ValueError(f"there is only {', '.join(choices)} here{hint}")
+      raise ValueError(f"must be one of {', '.join(choices)}{hint}")
     return choices[text]
 
   return value
@@ -51,7 +51,7 @@ def _integer(text: str) -> str:
   with contextlib.suppress(ValueError):
     if (number := float(text)) >= 0 and number.is_integer():
       return str(int(number))
-  raise ValueError("give a whole number")
+  raise ValueError("must be a whole number")
 
 
 def _positive_int(text: str) -> str:
@@ -62,9 +62,9 @@ def _positive_int(text: str) -> str:
 
 
 def _interval(text: str) -> str:
-  """Read an interval in steps; transformers takes a share of all steps too."""
+  """Read an interval in steps; transformers also accepts a share of all steps."""
   if text.startswith("0.") and 0 < float(_number(text)) < 1:
-    raise ValueError("a share of the steps means nothing here; give a number of steps")
+    raise ValueError("a share of all steps is not supported; set a number of steps")
   return _positive_int(text)
 
 
@@ -72,11 +72,11 @@ def _number(text: str) -> str:
   with contextlib.suppress(ValueError):
     if math.isfinite(float(text)):
       return text
-  raise ValueError("give a number")
+  raise ValueError("must be a number")
 
 
 def _save_limit(text: str) -> str:
-  """Read the number of checkpoints to keep; transformers keeps all if it is 0 or less."""
+  """Read the number of checkpoints to keep; for 0 or less transformers keeps all."""
   return str(jaxft.config.MAX_INT) if re.fullmatch("-[0-9]+|0", text) else _integer(text)
 
 
@@ -85,13 +85,13 @@ def _percentage(text: str) -> str:
 
 
 def _if_true(on: str, off: str | None) -> Callable[[str], str | None]:
-  """Read a switch as the setting's value for True, and for False; None leaves the setting."""
+  """Map True and False to two values of a setting; None leaves it unchanged."""
   return lambda text: on if _is_true(text) else off
 
 
 def _is_true(text: str) -> bool:
   if text.lower() not in (*TRUE, "false", "0", "no", "n", "f"):
-    raise ValueError("give True or False")
+    raise ValueError("must be True or False")
   return text.lower() in TRUE
 
 
@@ -102,23 +102,25 @@ def _trackers(text: str) -> str:
 
 
 NO_FLOAT16 = (
-  "float16 is not there yet; computed in bfloat16 where the device has it, else in float32, which "
-  "need no loss scale"
+  "float16 is not supported; uses bfloat16 if the device supports it, else float32, without loss "
+  "scaling"
 )
 MAPPED = {
   "model_name_or_path": MapsTo("model.path"),
   "model_revision": MapsTo("model.revision"),
   "tokenizer_name": MapsTo("model.tokenizer"),
-  "config_overrides": MapsTo("model.config_overrides", remark="of new weights"),
+  "config_overrides": MapsTo("model.config_overrides", remark="only for new weights"),
   "train_file": MapsTo("data.train"),
   "validation_file": MapsTo("data.validation"),
   "validation_split_percentage": MapsTo("data.validation_fraction", _percentage),
-  "max_train_samples": MapsTo("data.limit_train", _positive_int, "documents, drawn"),
-  "max_eval_samples": MapsTo("data.limit_validation", _positive_int, "documents, drawn"),
+  "max_train_samples": MapsTo("data.limit_train", _positive_int, "documents, sampled at random"),
+  "max_eval_samples": MapsTo(
+    "data.limit_validation", _positive_int, "documents, sampled at random"
+  ),
   "block_size": MapsTo("data.sequence_length", _positive_int),
   "learning_rate": MapsTo("optim.learning_rate", _number),
   "num_train_epochs": MapsTo("train.epochs", _number),
-  "max_steps": MapsTo("train.steps", _integer, "beats `--num_train_epochs`"),
+  "max_steps": MapsTo("train.steps", _integer, "overrides `--num_train_epochs`"),
   "lr_scheduler_type": MapsTo(
     "optim.schedule",
     _choice(linear="linear", cosine="cosine", constant="constant", constant_with_warmup="constant"),
@@ -126,7 +128,7 @@ MAPPED = {
   "warmup_steps": MapsTo(
     "optim.warmup_steps",
     _integer,
-    "below 1, as transformers 5 has it, `--config.optim.warmup_ratio`",
+    "below 1, as in transformers 5: `--config.optim.warmup_ratio`",
   ),
   "warmup_ratio": MapsTo("optim.warmup_ratio", _number),
   "optim": MapsTo(
@@ -142,9 +144,7 @@ MAPPED = {
   "adam_beta2": MapsTo("optim.b2", _number),
   "adam_epsilon": MapsTo("optim.eps", _number),
   "max_grad_norm": MapsTo("optim.clip_norm", _number),
-  "seed": MapsTo(
-    "train.seed", _integer, "and, without `--data_seed`, `--config.data.shuffle_seed`"
-  ),
+  "seed": MapsTo("train.seed", _integer, "without `--data_seed` also `--config.data.shuffle_seed`"),
   "data_seed": MapsTo("data.shuffle_seed", _integer),
   "bf16": MapsTo("model.compute_dtype", _if_true("bfloat16", "float32")),
   "gradient_checkpointing": MapsTo("memory.remat", _if_true("full", "dots")),
@@ -158,7 +158,7 @@ MAPPED = {
   "report_to": MapsTo("tracking.writers", _trackers),
   "run_name": MapsTo("tracking.run_name"),
 }
-# Flags that say when something happens -> the flag and the setting that say how often.
+# Flags for the kind of an interval -> the flag and the setting for its length.
 STRATEGIES = {
   "logging_strategy": ("logging_steps", "train.log_every"),
   "eval_strategy": ("eval_steps", "train.eval_every"),
@@ -174,60 +174,60 @@ PER_DEVICE = "per_device_train_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
 EVAL_PER_DEVICE = "per_device_eval_batch_size"
 BATCH_SETTINGS = {"train.batch_size", "train.micro_batch_size"}
-STREAMING_NOTE = "the data set is downloaded, and its tokens made once and memory-mapped"
-LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
-NO_DDP = "XLA makes the collectives"
-NO_TORCH = "it is torch's; XLA compiles every step"
+STREAMING_NOTE = "downloads the data set, tokenizes it once and memory-maps the tokens"
+LOADER = "the loader reads memory-mapped tokens and needs no options"
+NO_DDP = "XLA creates the collectives"
+NO_TORCH = "an option of torch; XLA compiles every step"
 NO_METRICS = "an evaluation reports loss and perplexity, or accuracy and F1"
-FIRST_EVALUATION = "weights are evaluated before the first step"
+FIRST_EVALUATION = "a run always evaluates before the first step"
 
 
 def _by_flag(reasons: dict[str, str]) -> dict[str, str]:
-  """Return the reason of each flag; a key of `reasons` may be several flags."""
+  """Split the keys of `reasons`, each with one or more flags, into single flags."""
   return {name: reason for names, reason in reasons.items() for name in names.split()}
 
 
-# Flags for what every run does, or for what changes no result, with the reason to print if a value
-# asks for more. "name=X" takes a value; of "name=False" False asks for what always happens.
+# Flags without effect: every run does this, or it changes no result. The reason is printed if the
+# value asks for something else. "name=X" takes a value; "name=False" has the default False.
 _NO_OPS = _by_flag(
   {
     "do_train": "",
-    "do_eval": f"{FIRST_EVALUATION} and after the last in any case",
+    "do_eval": f"{FIRST_EVALUATION} and after the last",
     "low_cpu_mem_usage": "",
-    "eval_on_start": f"{FIRST_EVALUATION} in any case",
+    "eval_on_start": FIRST_EVALUATION,
     "prediction_loss_only": "",
-    "logging_first_step=False": f"{FIRST_EVALUATION}, whose loss is not logged separately",
-    "logging_nan_inf_filter": "what is not finite is reported, and never applied",
+    "logging_first_step=False": f"{FIRST_EVALUATION}; its loss is not logged twice",
+    "logging_nan_inf_filter": "non-finite steps are always reported and never applied",
     "include_num_input_tokens_seen=X": "",
-    "past_index=X": "no state is handed on from batch to batch",
-    "ray_scope=X": "no hyper-parameters are searched",
+    "past_index=X": "no state carries over from batch to batch",
+    "ray_scope=X": "jaxft has no hyperparameter search",
     "use_legacy_prediction_loop include_tokens_per_second skip_memory_metrics": "",
     "full_determinism enable_jit_checkpoint": "",
-    "save_safetensors": "weights are written as safetensors",
+    "save_safetensors": "weights are always saved as safetensors",
     "average_tokens_across_devices": "the loss is a mean over the tokens of all devices",
     "remove_unused_columns": "",
-    "overwrite_cache": "tokens are made anew when text, tokenizer or settings change",
-    "use_fast_tokenizer": "the fast tokenizer is read, whose tokens are the same",
-    "keep_linebreaks": "every newline stays in the text",
-    "disable_tqdm=False": "a log without a terminal has no bar",
-    "log_level=X": "a run has one log, without levels",
-    "log_level_replica=X log_on_each_node=False": "process 0 alone logs",
-    "save_on_each_node=False": "the workdir is shared",
-    "bf16_full_eval=False fp16_full_eval=False": "an evaluation computes as training does",
+    "overwrite_cache": "a change of text, tokenizer or settings always renews the token cache",
+    "use_fast_tokenizer": "always uses the fast tokenizer, which gives the same tokens",
+    "keep_linebreaks": "always keeps newlines in the text",
+    "disable_tqdm=False": "a log that is not a terminal has no progress bar",
+    "log_level=X": "the log has no levels",
+    "log_level_replica=X log_on_each_node=False": "only process 0 logs",
+    "save_on_each_node=False": "all hosts share the workdir",
+    "bf16_full_eval=False fp16_full_eval=False": "evaluation uses the same dtype as training",
     "torch_compile": "every step is compiled",
     "torch_compile_backend=X torch_compile_mode=X torch_empty_cache_steps=X": NO_TORCH,
     "torchdynamo=X jit_mode_eval=False use_ipex=False": NO_TORCH,
     "use_liger_kernel": "config.model.attention and XLA choose the kernels",
-    "half_precision_backend=X fp16_opt_level=X fp16_backend=X": "there is one",
-    "gradient_checkpointing_kwargs=X": "config.memory.remat is all there is",
-    "activation_checkpointing_kwargs=X": "config.memory.remat is all there is",
-    "use_cache=False": "training has no cache",
-    "eval_accumulation_steps=X": "sums stay on the device",
+    "half_precision_backend=X fp16_opt_level=X fp16_backend=X": "jaxft has only one backend",
+    "gradient_checkpointing_kwargs=X": "config.memory.remat has no other options",
+    "activation_checkpointing_kwargs=X": "config.memory.remat has no other options",
+    "use_cache=False": "training uses no KV cache",
+    "eval_accumulation_steps=X": "an evaluation keeps only sums, on the device",
     "eval_do_concat_batches eval_use_gather_object batch_eval_metrics": NO_METRICS,
     "ddp_find_unused_parameters ddp_bucket_cap_mb=X ddp_broadcast_buffers ddp_static_graph": NO_DDP,
     "ddp_backend=X xpu_backend=X": NO_DDP,
-    "ddp_timeout=X": "--peer_timeout says how long a silent process is waited for",
-    "local_rank=X": "processes are found out",
+    "ddp_timeout=X": "--peer_timeout sets how long another process may be silent",
+    "local_rank=X": "processes are detected",
     "preprocessing_num_workers=X dataloader_num_workers=X dataloader_pin_memory": LOADER,
     "dataloader_persistent_workers dataloader_prefetch_factor=X": LOADER,
     "dataloader_multiprocessing_context=X dataloader_in_order dispatch_batches": LOADER,
@@ -237,68 +237,64 @@ _NO_OPS = _by_flag(
 NO_OPS = {name.partition("=")[0]: reason for name, reason in _NO_OPS.items()}
 NO_OPS_WITH_VALUE = {name.removesuffix("=X") for name in _NO_OPS if name.endswith("=X")}
 ONLY_FALSE = {name.removesuffix("=False") for name in _NO_OPS if name.endswith("=False")}
-# Values that change nothing.
+# Values that need no note: they are defaults.
 SILENT_VALUES = {
   "log_level": ("passive",),
   "log_level_replica": ("passive", "warning"),
   "ddp_timeout": ("1800",),
   "local_rank": ("-1", "0"),
 }
-# Those of which only True asks for what always happens.
+# Flags for which False is refused.
 ONLY_TRUE = {
-  "keep_linebreaks": "text without its newlines is other text; leave them out of the file",
-  "save_safetensors": "pickles are not written",
+  "keep_linebreaks": "newlines are part of the text; remove them from the file",
+  "save_safetensors": "jaxft saves no pickles; leave it out",
 }
-SHARDING = "config.mesh and config.memory say how a run is spread: docs/sharding.md"
-PACK = "--config.data.layout=pack leaves no padding to save"
-PROJECT = "docs/trackers.md says how to name projects"
+SHARDING = "use config.mesh and config.memory to shard a run: docs/sharding.md"
+PACK = "use --config.data.layout=pack, which leaves no padding"
+PROJECT = "docs/trackers.md describes how to name projects"
 UNSUPPORTED = _by_flag(
   {
-    "trust_remote_code": "no code from a checkpoint is ever run; leave it out",
+    "trust_remote_code": "jaxft never runs code from a checkpoint; leave it out",
     "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap": SHARDING,
     "sharded_ddp accelerator_config parallelism_config mp_parameters": SHARDING,
-    "tpu_num_cores": "all devices are used that JAX finds",
-    "hub_token token use_auth_token push_to_hub_token": "the token is read where huggingface_hub "
-    "keeps it, or from HF_TOKEN",
-    "push_to_hub_model_id": "--hub_model_id OWNER/NAME is its name now",
-    "push_to_hub_organization": "--hub_model_id OWNER/NAME names it too",
-    "hub_private_repo": "make the repository first, as private as it should be",
-    "hub_strategy hub_always_push": "the model is uploaded once, at the end",
-    "hub_revision": "the model is uploaded to the branch main",
-    "dataloader_drop_last": "the last rows of an epoch are in the same batch as the first of the "
-    "next, so none is dropped: leave it out",
+    "tpu_num_cores": "JAX uses all devices that it finds; leave it out",
+    "hub_token token use_auth_token push_to_hub_token": "log in with huggingface_hub, or set "
+    "HF_TOKEN",
+    "push_to_hub_model_id": "use --hub_model_id OWNER/NAME",
+    "push_to_hub_organization": "use --hub_model_id OWNER/NAME",
+    "hub_private_repo": "create the repository as private before the run",
+    "hub_strategy hub_always_push": "the model is uploaded once, at the end; leave it out",
+    "hub_revision": "the model is uploaded to the branch main; leave it out",
+    "dataloader_drop_last": "a batch may span two epochs, so no sequence is dropped; leave it out",
     "label_smoothing_factor": "the loss is plain cross-entropy; leave it out",
-    "label_names": "targets are the tokens themselves",
-    "neftune_noise_alpha": "there is no noise on embeddings; --config.model.dropout is what there "
-    "is",
-    "do_predict": "python -m jaxft.generate and python -m jaxft.evaluate use a model",
+    "label_names": "the targets are the tokens; leave it out",
+    "neftune_noise_alpha": "noise on embeddings is not supported; use --config.model.dropout",
+    "do_predict": "use python -m jaxft.generate or python -m jaxft.evaluate after the run",
     "auto_find_batch_size": "python -m jaxft.plan --fit finds the largest batch that fits, before "
     "the run",
     "group_by_length": PACK,
-    "train_sampling_strategy": f"rows come in a new order each epoch; {PACK}",
+    "train_sampling_strategy": f"each epoch has a new random order; {PACK}",
     "length_column_name": PACK,
     "no_cuda use_cpu": "set JAX_PLATFORMS=cpu before the command",
-    "use_mps_device": "JAX has no stable support for it",
+    "use_mps_device": "JAX has no stable support for MPS; leave it out",
     "tf32": "set JAX_DEFAULT_MATMUL_PRECISION, to tensorfloat32 or float32, before the command",
-    "optim_args": "config.optim has what can be set of an optimizer",
-    "optim_target_modules": "--config.train.trainable_params and --config.lora.targets choose what "
-    "is trained",
-    "lr_scheduler_kwargs": "config.optim has what can be set of a schedule",
-    "greater_is_better": "less eval loss is better",
-    "eval_delay": "--config.train.eval_every says when weights are evaluated",
+    "optim_args": "use the settings in config.optim",
+    "optim_target_modules": "use --config.train.trainable_params or --config.lora.targets",
+    "lr_scheduler_kwargs": "use the settings in config.optim",
+    "greater_is_better": "the metric is the eval loss, and lower is better; leave it out",
+    "eval_delay": "use --config.train.eval_every",
     "include_for_metrics include_inputs_for_metrics": NO_METRICS,
-    "save_only_model": "a checkpoint has what a run needs to continue; the model alone is in "
-    "WORKDIR/export",
-    "ignore_data_skip": "a run that continues takes the rows that come next, and looks them up at "
-    "once",
-    "restore_callback_states_from_checkpoint": "a run that continues has all of its state",
+    "save_only_model": "checkpoints hold the full state, to resume; WORKDIR/export holds the model "
+    "alone",
+    "ignore_data_skip": "a resumed run finds the next sequences without a delay; leave it out",
+    "restore_callback_states_from_checkpoint": "resuming restores the full state; leave it out",
     "liger_kernel_config": "config.model.attention and XLA choose the kernels",
     "project trackio_space_id trackio_bucket_id trackio_static_space_id": PROJECT,
-    "debug tpu_metrics_debug": "a step with a NaN or an infinity is reported with the names of "
-    "such tensors",
+    "debug tpu_metrics_debug": "a run always reports NaN and infinity, with the names of the "
+    "tensors; leave it out",
   }
 )
-# Values that ask for what always happens, like no value at all.
+# Values of unsupported flags that switch them off, and so are accepted.
 OFF_VALUES = {"false", "0", "0.0", "no", "none", "{}", "[]"}
 HF_DEFAULTS = {"train_sampling_strategy": "random", "hub_strategy": "every_save"}
 KNOWN_FLAGS = {
@@ -308,12 +304,12 @@ KNOWN_FLAGS = {
   *(PER_DEVICE, ACCUMULATION, EVAL_PER_DEVICE),
   *(*MAPPED, *STRATEGIES, *ALIASES, *NO_OPS, *UNSUPPORTED),
 }
-# Those that may stand alone, for True.
+# Flags that mean True without a value.
 BOOL_FLAGS = (
   "bf16 fp16 gradient_checkpointing activation_checkpointing adafactor load_best_model_at_end "
   "overwrite_output_dir resume_from_checkpoint push_to_hub streaming"
 ).split()
-# What people type for a flag, if its name is nearer to another flag's.
+# Common names of flags elsewhere, if the nearest flag by spelling would be wrong.
 SUGGESTIONS = {
   "model": "model_name_or_path",
   "data": "train_file",
@@ -333,17 +329,22 @@ SUGGESTIONS = {
 
 
 class PerDeviceBatch(NamedTuple):
-  """A batch as run_clm.py counts it; None if the config has it."""
+  """A batch size per device, as in run_clm.py; None if the config sets it."""
 
   micro_batch_size: int | None
   accumulation_steps: int
   eval_batch_size: int | None = None
-  batch_size: int | None = None  # of a DeepSpeed config with all three
+  batch_size: int | None = None  # only of a DeepSpeed config with all three values
 
   def apply_to(self, config: ConfigDict, devices: int) -> None:
-    """Set the batch of a run on so many devices.
+    """Set the batch size of a run.
 
-    Raises RequestError if a DeepSpeed config has another batch.
+    Args:
+      config: the config to change.
+      devices: the number of devices of the run.
+
+    Raises:
+      RequestError: the DeepSpeed config has another `train_batch_size`.
     """
     rows = self.micro_batch_size
     if rows:
@@ -353,14 +354,14 @@ class PerDeviceBatch(NamedTuple):
       raise RequestError(
         f"--deepspeed: train_batch_size={self.batch_size} is not {rows} rows x "
         f"{self.accumulation_steps} accumulation steps x {devices} devices; leave one of them out, "
-        "or say auto"
+        'or set it to "auto"'
       )
     if self.eval_batch_size:
       config.train.eval_batch_size = self.eval_batch_size * devices
 
 
 def get_config() -> ConfigDict:
-  """Return the settings of run_clm.py without flags."""
+  """Return a config with the defaults of run_clm.py."""
   config = jaxft.config.default()
   config.data.sequence_length = 1024
   config.train.epochs = 3.0
@@ -369,19 +370,19 @@ def get_config() -> ConfigDict:
 
 
 def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], PerDeviceBatch | None]:
-  """Translate run_clm.py's flags on a command line to jaxft's own.
+  """Translate flags of run_clm.py on a command line to flags of jaxft.
 
-  Prints, on standard error, what a flag became if that is not plain.
+  Prints a note on standard error for each flag whose translation may surprise.
 
   Args:
-    words: those after the name of the command.
-    own: names of jaxft's own flags.
+    words: the command line, without the name of the command.
+    own: names of jaxft's flags.
 
   Returns:
-    The translated words, and the batch if it is counted by device.
+    The translated words, and the batch if its size is set per device.
 
   Raises:
-    RequestError: one line for each flag that has no meaning here, with the reason or a suggestion.
+    RequestError: one line for each unsupported flag, with the reason or a suggestion.
   """
   own_words, flags, notes = _split_words(words, {*own})
   if not flags:
@@ -408,7 +409,7 @@ def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], Per
 
 
 def _split_words(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], list[str]]:
-  """Return jaxft's own words, run_clm.py's flags, and notes on repeated flags.
+  """Return jaxft's words, the flags of run_clm.py, and notes on repeated flags.
 
   Raises RequestError with a line for each unknown flag.
   """
@@ -431,7 +432,7 @@ def _split_words(words: list[str], own: set[str]) -> tuple[list[str], dict[str, 
       if not equals and rest and not rest[-1].startswith("--"):
         value = rest.pop()
       if flags.get(name, value) != value:
-        notes.append(f"--{name}={flags[name]}: given again, as {value}, which counts")
+        notes.append(f"--{name}={flags[name]}: overridden by --{name}={value}")
       flags[name] = value
     elif word.startswith("--") and name not in ours and not name.startswith("config."):
       lines.append(f"{word.split('=')[0]}: no such flag; {_suggestion(name, KNOWN_FLAGS | own)}")
@@ -449,18 +450,18 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
   key = name.split(".")[-1]
   near = near or [f"config.{it}" for it in jaxft.config.BY_NAME if it.split(".")[1] == key]
   if not near:
-    return "--help and docs/recipes/run_clm.md show what there is"
+    return "see --help and docs/recipes/run_clm.md"
   return f"did you mean --{near[0]}?"
 
 
 def _conflict(word: str) -> ValueError:
-  return ValueError(f"{word} is given too; leave one of the two out")
+  return ValueError(f"conflicts with {word}; leave one of the two out")
 
 
 class FlagTranslator:
-  """The state of a translation: run_clm.py's flags so far, and the settings that they become.
+  """A translation in progress: the flags of run_clm.py, and the settings translated so far.
 
-  `add` finds the method of a flag by its name: `_seed` translates --seed.
+  A flag may have a method with its name: `_seed` translates --seed.
   """
 
   def __init__(self, own_words: list[str], flags: dict[str, str], notes: list[str]):
@@ -470,18 +471,26 @@ class FlagTranslator:
     self.batch: PerDeviceBatch | None = None
     self._flags = flags
     self._own_words = own_words
-    self._name = ""  # of the flag that is translated
+    self._name = ""  # of the current flag
     self._parsed: ParsedConfig | None = None
     self._set_by: dict[str, str] = {}  # setting -> flag, with its value
 
   def add(self, name: str, value: str) -> None:
-    """Translate a flag; raises ValueError with the reason if it has no meaning here."""
+    """Translate a flag.
+
+    Args:
+      name: the flag, without dashes.
+      value: its value, or "".
+
+    Raises:
+      ValueError: the reason why the flag or its value is unsupported.
+    """
     self._name = name
     method = getattr(self, f"_{name}", None)
     if not value and name not in BOOL_FLAGS and (name in MAPPED or method):
-      raise ValueError("give a value")
+      raise ValueError("needs a value")
     if name in UNSUPPORTED:
-      # --trust_remote_code False asks for what always happens
+      # Values such as False, as in --trust_remote_code False, are accepted.
       if value.lower() not in OFF_VALUES and value != HF_DEFAULTS.get(name):
         raise ValueError(UNSUPPORTED[name])
     elif name in NO_OPS:
@@ -512,40 +521,41 @@ class FlagTranslator:
     self.notes.append(f"--{flag}={self._flags[flag]}: {text}")
 
   def _is_given(self, flag: str) -> bool:
-    """Whether a switch is given, and not False."""
+    """Return whether a switch is given and not False."""
     return flag in self._flags and _is_true(self._flags[flag])
 
   def _setting_words(self, names: set[str]) -> list[str]:
-    """Return the words of the command line that set one of these settings."""
+    """Return the words of the command line that set one of these settings directly."""
     prefixes = tuple(f"--config.{name}=" for name in names)
     return [word for word in self._own_words if word.startswith(prefixes)]
 
   def _is_overruled(self) -> bool:
-    """Whether another flag makes this one meaningless."""
+    """Return whether another flag overrides this one."""
     name = self._name
     if name == "num_train_epochs" and _is_step_limit(self._flags.get("max_steps", "-1")):
-      self._note(f"--max_steps={self._flags['max_steps']} says when to end")
+      self._note(f"ignored, as --max_steps={self._flags['max_steps']} is given")
       return True
     if name == "bf16" and not _is_true(self._flags[name]) and self._is_given("fp16"):
       return True
     is_constant = self._flags.get("lr_scheduler_type") == "constant"
     if name in ("warmup_steps", "warmup_ratio") and is_constant:
       if float(_number(self._flags[name])):
-        self._note("constant has no warm-up; constant_with_warmup has one")
+        self._note("ignored: the schedule constant has no warm-up; use constant_with_warmup")
       return True
     strategies = {steps: self._flags.get(strategy) for strategy, (steps, _) in STRATEGIES.items()}
     if strategies.get(name) in ("no", "epoch", "best"):
-      self._note(f"of no account with a strategy of {strategies[name]}")
+      self._note(f"ignored with the strategy {strategies[name]}")
       return True
     return False
 
   def _ignore(self, value: str) -> None:
-    """Accept a flag that changes nothing, with a note if its value asks for more."""
+    """Accept a flag without effect; add a note if its value asks for something else."""
     name = self._name
     eval_only = name == "do_eval" and _is_true(value) and "do_train" not in self._flags
     if name == "do_train" and not _is_true(value) or eval_only:
       raise ValueError(
-        "this command trains; python -m jaxft.evaluate --model MODEL --data FILE measures a model"
+        "this command always trains; to evaluate a model, use python -m jaxft.evaluate --model "
+        "MODEL --data FILE"
       )
     if name in ONLY_TRUE and not _is_true(value):
       raise ValueError(ONLY_TRUE[name])
@@ -561,18 +571,18 @@ class FlagTranslator:
   def _set_strategy(self, value: str) -> None:
     steps, setting = STRATEGIES[self._name]
     if value not in ("no", "steps", "epoch", *(["best"] if self._name == "save_strategy" else [])):
-      raise ValueError("there is only no, steps and epoch")
+      raise ValueError("must be no, steps or epoch")
     if value == "steps":
       if steps in self._flags or self._setting_words({setting}):
         return
       if self.has_config and (steps == "save_steps" or "logging_steps" not in self._flags):
-        raise ValueError(f"how many? give --{steps} too")
+        raise ValueError(f"needs a number of steps; give --{steps} too")
       if steps != "save_steps":
         self._set(setting, _interval(self._flags.get("logging_steps", "500")))
     elif value == "epoch":
       self._set(setting, "epoch")
     elif self._name == "logging_strategy":
-      self._note("metrics.jsonl is written all the same, every 500 steps")
+      self._note("metrics.jsonl is still written, every 500 steps")
       self._set(setting, 500)
     else:
       self._set(setting, 0)
@@ -592,15 +602,15 @@ class FlagTranslator:
   def _warmup_steps(self, value: str) -> None:
     if self._is_overruled():
       return
-    if 0 < float(_number(value)) < 1:  # transformers 5: a share
+    if 0 < float(_number(value)) < 1:  # a share of all steps, since transformers 5
       return self._set("optim.warmup_ratio", value)
     self._set_mapped(value)
     if float(_number(self._flags.get("warmup_ratio", "0"))) and int(_integer(value)):
-      self._note(f"--warmup_steps={value} says how many", "warmup_ratio")
+      self._note(f"ignored, as --warmup_steps={value} is given", "warmup_ratio")
 
   def _warmup_ratio(self, value: str) -> None:
     if not 0 <= float(_number(value)) < 1:
-      raise ValueError("must be at least 0 and below 1: a share of the steps")
+      raise ValueError("must be at least 0 and below 1, as a share of all steps")
     if not self._is_overruled() and not float(_number(self._flags.get("warmup_steps", "0"))):
       self._set_mapped(value)
 
@@ -617,13 +627,14 @@ class FlagTranslator:
     self._set("data.shuffle_seed", _integer(value))
     if not {"validation_file", "dataset_name"} & self._flags.keys():
       self._note(
-        "orders the rows and draws the held-out text too; --data_seed is a seed for these alone"
+        "also sets the order of sequences and the held-out split; use --data_seed to set these "
+        "separately"
       )
 
   def _optim(self, value: str) -> None:
     if value == "sgd":
       raise ValueError(
-        "--config.optim.name=sgd --config.optim.b1=0 is torch's SGD; b1 is its momentum"
+        "use --config.optim.name=sgd --config.optim.b1=0 for torch's SGD; b1 is the momentum"
       )
     self._set_mapped(value)
 
@@ -633,30 +644,33 @@ class FlagTranslator:
     self._set("data.train", name)
     if "validation_file" not in self._flags and sources.has_split(name, "validation"):
       self._set("data.validation", f"{name}:validation")
-      self._note("trained on its split train, evaluated on its split validation")
+      self._note("trains on the split train, evaluates on the split validation")
 
   def _dataset_config_name(self, value: str) -> None:
     if "dataset_name" not in self._flags:
-      raise ValueError("goes with --dataset_name")
+      raise ValueError("needs --dataset_name")
 
   def _validation_split_percentage(self, value: str) -> None:
     if "validation_file" in self._flags:
-      return self._note("--validation_file names what is evaluated on")
+      return self._note("ignored, as --validation_file is given")
     self._set_mapped(value)
 
   def _max_train_samples(self, value: str) -> None:
     self._set_mapped(value)
-    self._note("so many documents (rows of the data), drawn; run_clm.py takes its first blocks")
+    self._note(
+      "uses this many documents (rows of the data), sampled at random; run_clm.py uses the first "
+      "blocks of tokens"
+    )
 
   _max_eval_samples = _max_train_samples
 
   def _model_type(self, value: str) -> None:
     if "model_name_or_path" in self._flags:
-      return  # run_clm.py looks at it for new models only, and the checkpoint says what it is
+      return  # run_clm.py uses it only for new models; a checkpoint names its own type
     if "config_name" not in self._flags and "tokenizer_name" not in self._flags:
       raise ValueError(
-        "new weights need a tokenizer: give --tokenizer_name, or --model_name_or_path for weights "
-        "to read"
+        "new weights need a tokenizer; give --tokenizer_name, or --model_name_or_path for "
+        "pretrained weights"
       )
     if "config_name" not in self._flags:
       self._init_from_scratch(self._flags["tokenizer_name"])
@@ -666,21 +680,21 @@ class FlagTranslator:
   def _config_name(self, value: str) -> None:
     if "model_name_or_path" in self._flags:
       raise ValueError(
-        "weights that are read have their own config.json; leave --model_name_or_path out for new "
-        "ones"
+        "pretrained weights have their own config.json; leave --model_name_or_path out for new "
+        "weights"
       )
     self._init_from_scratch(value)
 
   def _init_from_scratch(self, path: str) -> None:
     self.settings |= {"model.path": path, "model.init": "scratch"}
     self.notes.append(
-      f"no --model_name_or_path: new weights are drawn, of the sizes that {path}/config.json says"
+      f"no --model_name_or_path: initializes new weights, with the sizes in {path}/config.json"
     )
 
   def _config_overrides(self, value: str) -> None:
     if "model_name_or_path" in self._flags:
       raise ValueError(
-        "weights that are read have their own sizes; leave --model_name_or_path out for new ones"
+        "pretrained weights have fixed sizes; leave --model_name_or_path out for new weights"
       )
     self.settings.setdefault("model.config_overrides", value)
 
@@ -700,7 +714,7 @@ class FlagTranslator:
       self._set("model.compute_dtype", dtype if value == dtype else "auto")
     if value in ("auto", "float16"):
       reason = "" if value == "auto" else f": {NO_FLOAT16}"
-      self._note(f"weights are stored in {dtype}{reason}")
+      self._note(f"stores weights in {dtype}{reason}")
 
   def _output_dir(self, value: str) -> None:
     if words := [word for word in self._own_words if word.startswith("--workdir")]:
@@ -714,26 +728,28 @@ class FlagTranslator:
   def _resume_from_checkpoint(self, value: str) -> None:
     workdir = self._find_workdir()
     if self._is_given("overwrite_output_dir"):
-      raise ValueError("--overwrite_output_dir begins a new run; leave one of the two out")
+      raise ValueError("--overwrite_output_dir starts a new run; leave one of the two out")
     if value.lower() == "false":
-      raise ValueError("a run that is there is continued; --overwrite_output_dir begins a new one")
-    if value.lower() in ("true", ""):  # a run is continued always
+      raise ValueError(
+        "an existing run is always resumed; use --overwrite_output_dir to start a new one"
+      )
+    if value.lower() in ("true", ""):  # the default: an existing run is always resumed
       if not _checkpoint_steps(workdir):
-        note = f"--resume_from_checkpoint: {workdir} has no checkpoint, so a new run begins"
+        note = f"--resume_from_checkpoint: {workdir} has no checkpoint, so this starts a new run"
         self.notes.append(note)
     elif not _is_latest(Path(expand_user(value)), workdir):
       if (Path(value) / "trainer_state.json").exists():
         raise ValueError(
-          f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its "
-          "weights"
+          "is a checkpoint of transformers' Trainer; to start from its weights, use "
+          f"--model_name_or_path={value}"
         )
       raise ValueError(
-        f"not the newest checkpoint of --output_dir={workdir}, which is the one that is continued; "
-        "leave it out"
+        f"not the newest checkpoint of --output_dir={workdir}; a run always resumes from the "
+        "newest, so leave it out"
       )
 
   def _find_workdir(self) -> Path:
-    """Return the folder of the run, by the flags so far."""
+    """Return the folder of the run that the command line names."""
     workdir = f"runs/{Path(__file__).stem}"
     for i, word in enumerate(self._own_words):
       name, _, value = word.partition("=")
@@ -747,16 +763,13 @@ class FlagTranslator:
       self.notes.append(f"--streaming: {STREAMING_NOTE}")
 
   def _cache_dir(self, value: str) -> None:
-    """Download models and data sets to a folder.
-
-    Both libraries read these variables when they are imported, which is later.
-    """
+    """Set the folder for downloads; the Hugging Face libraries read it when imported, later."""
     self._set("data.cache_dir", str(Path(value) / "tokens"))
     os.environ["HF_HUB_CACHE"] = os.environ["HF_DATASETS_CACHE"] = expand_user(value)
-    self._note("for downloads and tokens")
+    self._note("used for downloads and the token cache")
 
   def _hub_model_id(self, value: str) -> None:
-    """Goes with --push_to_hub."""
+    """Do nothing: `_push_to_hub` uses the value."""
 
   def _push_to_hub(self, value: str) -> None:
     if not _is_true(value):
@@ -767,29 +780,29 @@ class FlagTranslator:
 
   def _metric_for_best_model(self, value: str) -> None:
     if value not in ("eval_loss", "loss"):
-      raise ValueError("there is only eval_loss here")
+      raise ValueError("must be eval_loss")
 
   def _logging_dir(self, value: str) -> None:
     self._set_mapped(value)
     if "tensorboard" not in self._flags.get("report_to", ""):
-      self._note("of TensorBoard's files, which --report_to tensorboard switches on")
+      self._note("only used with --report_to tensorboard")
 
   def _report_to(self, value: str) -> None:
     if value == "all":
-      raise ValueError("name the trackers: tensorboard, mlflow, wandb or trackio")
+      raise ValueError("must name trackers: tensorboard, mlflow, wandb or trackio")
     self._set_mapped(value)
 
   def _per_device_train_batch_size(self, value: str) -> None:
-    _positive_int(value)  # `add_batch` takes it
+    _positive_int(value)  # only a check; `add_batch` sets the batch
 
   _per_device_eval_batch_size = _gradient_accumulation_steps = _per_device_train_batch_size
 
   def _deepspeed(self, value: str) -> None:
-    """Read later, in `add_deepspeed`: every other flag wins over the file."""
+    """Do nothing: `add_deepspeed` reads the file later, as all other flags override it."""
 
   def add_deepspeed(self) -> None:
-    """Take the settings of a ds_config.json that the command line does not set; print a table."""
-    from jaxft.cli import deepspeed_config, deepspeed_keys  # tables that few commands need
+    """Add the settings of a ds_config.json that the command line does not set; print a table."""
+    from jaxft.cli import deepspeed_config, deepspeed_keys  # large tables, rarely needed
 
     if not (value := self._flags.get("deepspeed")):
       return
@@ -812,22 +825,26 @@ class FlagTranslator:
     print(deepspeed_config.format_table(self._parsed.entries, overridden), file=sys.stderr)
 
   def _overriding(self, setting: str) -> str | None:
-    """Return the word of the command line that sets this setting or its counterpart, or None."""
+    """Return the word of the command line that sets this setting or its counterpart, if any."""
     names = _with_counterpart(setting)
     flags = (flag for name, flag in self._set_by.items() if name in names)
     return next(iter([*self._setting_words(names), *flags]), None)
 
   def add_batch(self) -> None:
-    """Find the batch by flags, the DeepSpeed file and defaults; raises ValueError on a clash."""
+    """Set the batch from flags, the DeepSpeed file and defaults.
+
+    Raises:
+      ValueError: two of them conflict.
+    """
     flags = self._flags
     words = self._setting_words(BATCH_SETTINGS)
     counted = {PER_DEVICE, ACCUMULATION} & flags.keys()
     if words and counted:
-      raise ValueError(f"{words[0]}: a batch by device is given too; leave one of the two out")
+      raise ValueError(f"{words[0]}: conflicts with a batch per device; leave one of the two out")
     file_rows, file_steps, batch_size = self._parsed[1:4] if self._parsed else (None, None, None)
     if words and batch_size and not self._setting_words({"train.batch_size"}):
       self.settings["train.batch_size"] = batch_size
-    if words:  # the command line wins
+    if words:  # the command line overrides the file
       file_rows = file_steps = batch_size = None
     numbers = {
       flag: int(_positive_int(flags[flag])) for flag in (*counted, EVAL_PER_DEVICE) if flag in flags
@@ -837,8 +854,9 @@ class FlagTranslator:
     if steps and not rows and self.has_config and not batch_size:
       flag = ACCUMULATION if ACCUMULATION in flags else "deepspeed"
       raise ValueError(
-        f"--{flag}={flags[flag]}: {steps} accumulation steps of how many rows? give --{PER_DEVICE} "
-        "too, or --config.train.batch_size and --config.train.micro_batch_size instead"
+        f"--{flag}={flags[flag]}: {steps} accumulation steps need a batch size; give "
+        f"--{PER_DEVICE} too, or --config.train.batch_size and --config.train.micro_batch_size "
+        "instead"
       )
     if counted:
       batch_size = None
@@ -848,7 +866,7 @@ class FlagTranslator:
       if file_steps:
         raise ValueError(
           f"--deepspeed: train_batch_size={batch_size} with gradient_accumulation_steps="
-          f"{file_steps}: give train_micro_batch_size_per_gpu instead of one of the two"
+          f"{file_steps}: set train_micro_batch_size_per_gpu instead of one of the two"
         )
       rows = batch_size = None
     elif not rows and (counted or not self.has_config and not words):
@@ -868,7 +886,7 @@ def _with_counterpart(setting: str) -> set[str]:
 
 
 def _is_step_limit(max_steps: str) -> bool:
-  """Whether --max_steps says when to end; with 0 or less the epochs do."""
+  """Return whether --max_steps limits the run; with 0 or less the epochs do."""
   return not re.fullmatch("-[0-9]+|0", max_steps)
 
 
@@ -878,7 +896,7 @@ def _checkpoint_steps(workdir: Path) -> list[int]:
 
 
 def _is_latest(path: Path, workdir: Path) -> bool:
-  """Whether a path names a run, its checkpoints, or the newest of them, which is continued."""
+  """Return whether a path is the run, its folder of checkpoints, or the newest of them."""
   folder = (workdir / "checkpoints").resolve()
   latest = [folder / str(step) for step in sorted(_checkpoint_steps(workdir))[-1:]]
   return path.resolve() in (workdir.resolve(), folder, *latest)
@@ -891,36 +909,35 @@ def markdown_table() -> str:
     rows[f"`--{name}`"] = f"`--config.{setting}`" + (f"; {remark}" if remark else "")
   rows |= {
     "`--output_dir`": "`--workdir`",
-    "`--overwrite_output_dir`": "a new run: one that is in `--output_dir` is renamed, and the new "
-    "name printed; the command that continues leaves the flag out",
-    "`--resume_from_checkpoint`": "always so: the same command continues; refused: another "
-    "checkpoint than the newest of `--output_dir`",
+    "`--overwrite_output_dir`": "starts a new run and renames an existing one in `--output_dir`, "
+    "and prints the new name; leave the flag out to resume",
+    "`--resume_from_checkpoint`": "no effect: the same command always resumes; any checkpoint "
+    "except the newest of `--output_dir` is refused",
     "`--streaming`": STREAMING_NOTE,
-    "`--cache_dir`": "folder for downloads and tokens",
+    "`--cache_dir`": "folder for downloads and the token cache",
     "`--dataset_name` with `--dataset_config_name`": "`--config.data.train=hub:NAME/CONFIGURATION`",
-    "`--model_type`, `--config_name`": "without `--model_name_or_path` "
-    "`--config.model.init=scratch`: new weights",
-    f"`--{PER_DEVICE}`": "`--config.train.micro_batch_size`; times devices and accumulation "
-    "`--config.train.batch_size`",
+    "`--model_type`, `--config_name`": "without `--model_name_or_path`: new weights, "
+    "`--config.model.init=scratch`",
+    f"`--{PER_DEVICE}`": "`--config.train.micro_batch_size`; multiplied by devices and "
+    "accumulation steps: `--config.train.batch_size`",
     f"`--{ACCUMULATION}`": "see above",
-    f"`--{EVAL_PER_DEVICE}`": "times devices `--config.train.eval_batch_size`",
-    "`--deepspeed`": "the file is read, and a table printed of what each key became: "
+    f"`--{EVAL_PER_DEVICE}`": "multiplied by devices: `--config.train.eval_batch_size`",
+    "`--deepspeed`": "reads the file and prints a table with the translation of each key: "
     "[deepspeed.md](deepspeed.md)",
     "`--fp16`": f"`--config.model.compute_dtype=auto`: {NO_FLOAT16}",
-    "`--torch_dtype`": "`--config.model.param_dtype`; `float16` is bfloat16",
+    "`--torch_dtype`": "`--config.model.param_dtype`; `float16` becomes bfloat16",
   }
   for name, (steps, setting) in STRATEGIES.items():
     rows[f"`--{name}`"] = (
-      f"`no`: never; `steps`: as `--{steps}` says; `epoch`: `--config.{setting}=epoch`"
+      f"`no`: never; `steps`: every `--{steps}` steps; `epoch`: `--config.{setting}=epoch`"
     )
   rows |= {
-    "`--metric_for_best_model`": "`eval_loss`, as `--load_best_model_at_end` has it in any case; "
-    "refused: another",
+    "`--metric_for_best_model`": "only `eval_loss`, which `--load_best_model_at_end` always uses",
     "`--push_to_hub` with `--hub_model_id`": "`--config.export.push_to_hub`",
   }
-  rows |= {f"`--{name}`": f"as `--{new}`" for name, new in ALIASES.items()}
+  rows |= {f"`--{name}`": f"same as `--{new}`" for name, new in ALIASES.items()}
   for name, reason in NO_OPS.items():
-    rows[f"`--{name}`"] = f"always so: {reason}" if reason else "always so"
+    rows[f"`--{name}`"] = f"no effect: {reason}" if reason else "no effect"
   rows |= {f"`--{name}`": f"refused: {reason}" for name, reason in UNSUPPORTED.items()}
   lines = [f"| {flag} | {meaning} |" for flag, meaning in rows.items()]
   return "\n".join(["| run_clm.py | jaxft |", "|---|---|", *lines])

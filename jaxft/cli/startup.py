@@ -1,4 +1,4 @@
-"""What a command does before its imports, which take a second; `errors.run_command` takes over."""
+"""Setup of a command before its imports, which take a second; then `errors.run_command` runs it."""
 
 import gc
 import signal
@@ -9,11 +9,11 @@ from jaxft.utils import environment
 
 
 def begin_command() -> None:
-  """Repair the process's environment, and print --help if it is asked for."""
-  # Ctrl-C ends the imports without pages of traceback.
+  """Set up the environment of the process, and print --help if requested."""
+  # Without this, Ctrl-C during the imports prints pages of traceback.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
   environment.setup()
   environment.quiet_transformers()
-  # The default is 700: garbage collection took a tenth of the time of the imports.
+  # With the default of 700, garbage collection takes a tenth of the import time.
   gc.set_threshold(10_000, 10, 10)
   usage.print_help(sys.orig_argv)

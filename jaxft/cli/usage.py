@@ -1,74 +1,84 @@
-"""The --help texts of the commands with a config, printed before jax is imported (seconds)."""
+"""The --help texts of commands with a config; printing them does not import jax (seconds)."""
 
 import contextlib
 import sys
 
+from jaxft.cli import commands
+
 TRAIN = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.a.b=value ...]
 
-  --config FILE      a file with get_config(); see configs/
-  --workdir DIR      where the run is written, and found again (default: runs/NAME_OF_CONFIG)
-  --config.a.b=VALUE any setting; --print_config lists them all with their meaning. Settings that
-                     take several texts, such as data.train, take the flag several times
-  --dry_run          compile and report the memory, train nothing
-  --print_config     print the settings of this run and end
-  --strict           end, with exit code 4, at a damaged checkpoint instead of going back to the one
+Fine-tune a model and export it to Hugging Face format.
+
+  --config FILE      a Python file with get_config(), or the name of a shipped config
+                     (jaxft --help lists them)
+  --workdir DIR      folder of the run; the same command resumes it (default: runs/NAME_OF_CONFIG)
+  --config.a.b=VALUE override a setting; --print_config describes all settings. Repeat the flag for
+                     settings with several values, such as data.train
+  --dry_run          compile and report memory use, without training
+  --print_config     print all settings of this run and exit
+  --strict           fail with exit code 4 on a damaged checkpoint, instead of resuming from the one
                      before it
-  --allow_change     continue a run although settings that shape what is learned have changed
-  --overwrite_output_dir  begin a new run; one that is in the workdir is moved to a folder beside it
-  --require gpu      end, with exit code 2, where JAX would compute on anything else; or tpu
+  --allow_change     resume a run although settings that affect the training have changed
+  --overwrite_output_dir  start a new run; an existing run is moved to a folder next to the workdir
+  --require gpu      fail with exit code 2 if JAX does not run on a GPU; or tpu
 
-The flags of transformers' run_clm.py that mean the same thing are understood:
-docs/recipes/run_clm.md.
+Many flags of transformers' run_clm.py work too: docs/recipes/run_clm.md.
 
-Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and on TPU pods these are
-found out:
-  --coordinator HOST:PORT   of process 0
-  --num_processes N         of the run
-  --process_id I            of this process, from 0
-  --start_timeout SECONDS   to wait for the others (default: 300)
-  --peer_timeout SECONDS    of silence after which another process counts as lost (default: 60)
+To train on several hosts, run the same command on each. SLURM, Open MPI, Kubernetes and TPU pods
+are detected; elsewhere set:
+  --coordinator HOST:PORT   address of process 0
+  --num_processes N         number of processes in the run
+  --process_id I            index of this process, from 0
+  --start_timeout SECONDS   how long to wait for the other processes (default: 300)
+  --peer_timeout SECONDS    silence after which a process counts as lost (default: 60)
 """
 
 PREPARE = """python -m jaxft.prepare --config configs/X.py [--config.a.b=value ...] [--json]
 
-  --config FILE      a file with get_config(); see configs/
-  --config.a.b=VALUE any setting; those of `data` decide what is read and how
-  --json             print the content of data_report.json, and nothing else, on standard output
+Read and tokenize the data of a run, and report on it.
+
+  --config FILE      a Python file with get_config(), or the name of a shipped config
+                     (jaxft --help lists them)
+  --config.a.b=VALUE override a setting; those of `data` select the input
+  --json             print only the content of data_report.json, on standard output
 """
 
 PLAN = """python -m jaxft.plan --config configs/X.py --device NAME [--config.a.b=value ...]
                      [--fit] [--json] [--html FILE]
 
-  --config FILE      a file with get_config(); see configs/. Its data need not exist, and no weights
-                     are read
-  --device NAME      t4, rtx4090, a100-80gb, h100, h100x8, ..., or a slice of TPUs such as v5e:2x4
-                     or tpu7x:2x2x1, or cpux8. Several: the flag several times, or NAME,NAME
-  --config.a.b=VALUE any setting
-  --fit              look for the fastest settings that fit; without it, only where the config
-                     does not fit
-  --prices FILE      what a device costs an hour, by your own table: JSON such as
-                     {"h100": 2.5, "v5e": 1.2}
-  --json             print one JSON object, and nothing else, on standard output
-  --html FILE        write a page
+Compile the train step for a device that need not exist here, and report its memory and speed. The
+exit code is 0 even if the run does not fit.
 
-Compiles the train step with the compiler of that device, without the device. A plan that does not
-fit is an answer too: the exit code is 0.
+  --config FILE      a Python file with get_config(), or the name of a shipped config
+                     (jaxft --help lists them). Neither its data nor weights are read
+  --device NAME      t4, rtx4090, a100-80gb, h100, h100x8, ..., a TPU slice such as v5e:2x4 or
+                     tpu7x:2x2x1, or cpux8. For several, repeat the flag or write NAME,NAME
+  --config.a.b=VALUE override a setting
+  --fit              search for the fastest settings that fit; without --fit, search only if the
+                     config does not fit
+  --prices FILE      prices per device and hour, as JSON: {"h100": 2.5, "v5e": 1.2}
+  --json             print only one JSON object, on standard output
+  --html FILE        write a report page to this file
 """
 
 
 def print_help(command: list[str]) -> None:
-  """Print the usage of `python -m jaxft.X --help` and end the process.
+  """Print the usage of `python -m jaxft.X --help` or `jaxft X --help` and end the process.
 
-  Return if no help is asked for, or if the command is unknown.
+  Return if --help is not given, or if the command is unknown.
 
   Args:
     command: `sys.orig_argv`.
   """
-  if not {"-h", "--help"} & {*command}:
+  if not {*commands.HELP} & {*command}:
     return
+  if command[0] == commands.SCRIPT:
+    command = [f"jaxft.{command[1]}"]
   texts = {"jaxft.train": TRAIN, "jaxft.prepare": PREPARE, "jaxft.plan": PLAN}
   text = next((texts[word] for word in command if word in texts), None)
-  if text is None:
+  if text:
+    text = commands.as_typed(text)
+  else:
     from jaxft.cli import parsers
 
     names = ("generate", "evaluate", "export", "tokenizer", "report")

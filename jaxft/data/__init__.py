@@ -1,1 +1,1 @@
-"""Data: sources -> tokens -> rows -> batches, with every token accounted for."""
+"""Turn sources into tokens, rows and batches, and account for every token."""

@@ -1,4 +1,7 @@
-"""Accounting: read = trained + held out + dropped, in rows and in tokens."""
+"""Account for the data: read = trained + held out + dropped.
+
+The equation holds for rows and for tokens.
+"""
 
 from collections import Counter
 
@@ -16,7 +19,14 @@ HELD_OUT_TAILS = "documents whose end is held out"  # a note of data_report.json
 def build_report(
   manifest: Manifest, arrays: dict[str, TokenArrays], datasets: dict[str, LayoutDataset], T: int
 ) -> Json:
-  """Return the content of data_report.json, except for what depends on the batch."""
+  """Return the part of data_report.json that is independent of the batch size.
+
+  Args:
+    manifest: counts of the first pass, from the token cache.
+    arrays: the tokens of each split.
+    datasets: the same tokens, laid out in rows.
+    T: tokens per row.
+  """
   train, validation = arrays["train"], arrays["validation"]
   train_stats, validation_stats = datasets["train"].stats, datasets["validation"].stats
   dropped = Counter(train_stats.dropped) + Counter(validation_stats.dropped)
@@ -62,10 +72,10 @@ def build_report(
 
 
 def num_rows_and_steps(rows: TokenDataset, train: TrainSection) -> tuple[int, int]:
-  """Return the rows and the optimizer steps of a run of `config.train`.
+  """Return the number of rows and of optimizer steps of a run.
 
-  With train.steps the run repeats the rows as often as the steps need; with train.epochs the rest
-  of its last step is masked. If there are fewer rows than a batch, each step takes all of them and
+  With train.steps, the run repeats the rows until the steps are done. With train.epochs, the rest
+  of the last step is masked. If the data has fewer rows than a batch, each step takes all rows and
   masks the rest.
   """
   rows_per_step = min(train.batch_size, len(rows))

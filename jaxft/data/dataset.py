@@ -1,4 +1,4 @@
-"""prepare_data: from the sources in the settings to datasets of tokens, with everything counted."""
+"""Turn the configured sources into datasets of tokens, and count every row."""
 
 import dataclasses
 import hashlib
@@ -25,10 +25,10 @@ from jaxft.utils.units import format_count
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-ProgressFn: TypeAlias = Callable[[int, int], None]  # examples tokenised so far, and in total
+ProgressFn: TypeAlias = Callable[[int, int], None]  # examples tokenized so far, and in total
 DROPPED, TRAIN, VALIDATION = 0, 1, 2
 SPLITS = {"train": TRAIN, "validation": VALIDATION}
-# The settings that the tokens depend on; the others only decide how they are laid out in rows.
+# The settings that the tokens depend on. The others only decide how tokens are laid out in rows.
 CACHE_KEY_SETTINGS = (
   "format text_column prompt_column completion_column label_column nats_column template separator "
   "encoding validation_fraction limit_train limit_validation shuffle_seed on_bad_row duplicates"
@@ -36,20 +36,23 @@ CACHE_KEY_SETTINGS = (
 
 
 class PreparedData(NamedTuple):
+  """The training and held-out data of a run, ready to be batched."""
+
   train: LayoutDataset
-  validation: LayoutDataset | None  # None: nothing is held out
-  labels: list[str]  # of the classification format, in the order of their numbers
-  entropy_floor: float | None  # nats per validation token that no model can beat, if known
-  fingerprint: str  # of the training examples and their layout in rows
+  validation: LayoutDataset | None  # None without held-out data
+  labels: list[str]  # for classification, in the order of their class numbers
+  entropy_floor: float | None  # lowest possible loss in nats per validation token, if known
+  fingerprint: str  # hash of the training examples and their layout in rows
   validation_fingerprint: str
   unrelated_fingerprint: str
-  unrelated: LayoutDataset | None  # further text to evaluate on
+  unrelated: LayoutDataset | None  # text that measures forgetting
   report: Json
 
   def with_class_ids(self, classes: list[str]) -> "PreparedData":
     """Return the same rows with labels numbered as in `classes`.
 
-    Raises RequestError for a label that is not among them.
+    Raises:
+      RequestError: a label is not among the classes.
     """
     ids = np.array(formats.class_ids(self.labels, classes), np.int32)
 
@@ -62,7 +65,7 @@ class PreparedData(NamedTuple):
     return self._replace(train=renumber(self.train), validation=validation, labels=list(classes))
 
   def to_json(self, train: TrainSection) -> str:
-    """Return the content of data_report.json, for a run of `config.train`."""
+    """Return the text of data_report.json for a run of `config.train`."""
     _, total_steps = num_rows_and_steps(self.train, train)
     steps = -(-len(self.train) // train.batch_size)
     last = len(self.train) - (steps - 1) * train.batch_size
@@ -85,10 +88,18 @@ def prepare_data(
   on_progress: ProgressFn = lambda done, total: None,
   log: Callable[[str], None] = lambda line: None,
 ) -> PreparedData:
-  """Read, split, sample, tokenise and pack the data of `config.data`, or open its cached tokens.
+  """Read, split, sample, tokenize and pack the data, or open its cached tokens.
 
-  Raises RequestError when a row is bad (unless they are skipped) or nothing is left to train on,
-  StorageError when the cache folder cannot be written.
+  Args:
+    data: `config.data`.
+    tokenizer: the model's tokenizer.
+    tokenizer_fingerprint: a hash of the tokenizer, part of the cache key.
+    on_progress: called with the number of examples tokenized so far, and in total.
+    log: called with each line for the user.
+
+  Raises:
+    RequestError: a row is bad (unless bad rows are skipped), or no example is left to train on.
+    StorageError: the cache folder cannot be written.
   """
   key = {
     "sources": _source_fingerprints(data),
@@ -110,15 +121,15 @@ def prepare_data(
   if manifest["lost"]:
     log(
       f"{manifest['lost']:,} of {manifest['characters']:,} characters have no token in the model's "
-      "tokenizer: they are left out, or read as its unknown token"
+      "tokenizer: they are dropped, or become its unknown token"
     )
   arrays = {split: token_cache.open_arrays(entry, split, manifest) for split in SPLITS}
   datasets = {split: build_dataset(arrays[split], data, tokenizer.eos_token_id) for split in SPLITS}
   for split, rows in datasets.items():
     if not len(rows) and len(arrays[split]):
       raise RequestError(
-        f"config.data: the {split} examples leave no row of {data.sequence_length} tokens with "
-        "anything to learn in it; raise config.data.sequence_length"
+        f"config.data: the {split} examples have no token to predict in sequences of "
+        f"{data.sequence_length} tokens; raise config.data.sequence_length"
       )
   validation = arrays["validation"]
   has_nats = len(validation) and len(validation.nats_N) == len(validation)
@@ -141,14 +152,17 @@ def prepare_data(
 
 
 def _load_unrelated(data: DataSection, tokenizer: "PreTrainedTokenizerBase") -> LayoutDataset:
-  """Return the text of `data.unrelated`, in rows like the run's: one program evaluates both."""
+  """Return the text of `data.unrelated`, laid out in rows.
+
+  The rows have the run's shape, so that one compiled program evaluates both.
+  """
   template = formats.DEFAULT_TEMPLATE
   data = dataclasses.replace(data, format="text", nats_column="", template=template)
   ignored = Counter()
   examples = read_examples(data.unrelated, "validation", data, ignored, ignored)
   arrays = tokenize.encode_in_memory(examples, tokenizer)
   if not len(arrays):
-    raise RequestError(f"config.data.unrelated={data.unrelated!r}: no text in it")
+    raise RequestError(f"config.data.unrelated={data.unrelated!r}: found no text in it")
   return build_dataset(arrays, data, tokenizer.eos_token_id)
 
 
@@ -171,10 +185,18 @@ def read_examples(
   notes: Counter[str],
   log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Example]:
-  """Yield the examples of all rows. Bad rows are counted in `dropped`, or raise RequestError.
+  """Yield the examples of all rows.
 
   Args:
-    log: gets a line for each column that is read instead of a missing one.
+    names: sources to read, in this order.
+    split: the split to read if the name of a hub data set does not include one.
+    data: `config.data`.
+    dropped: counts bad rows by reason, if `data.on_bad_row` is "skip".
+    notes: counts files and rows worth a note in data_report.json.
+    log: called with a line for each column that replaces a missing one.
+
+  Raises:
+    RequestError: a source cannot be read, or a row is bad and bad rows are not skipped.
   """
   file_data = data
   logged = set()
@@ -183,7 +205,7 @@ def read_examples(
     nonlocal file_data
     file_data, lines = columns.resolve(name, split, data)
     for line in lines:
-      if line not in logged:  # of the files of a folder only the first
+      if line not in logged:  # once, not for each file of a folder
         log(f"{name}: {line}")
         logged.add(line)
     return readers.ReaderOptions.from_config(
@@ -200,20 +222,22 @@ def read_examples(
 
 
 class DataSource(NamedTuple):
+  """One source of the settings."""
+
   name: str
-  split: str  # of the setting that names it
+  split: str  # "train" or "validation": the setting that names it
   weight: float
 
 
 class Survey(NamedTuple):
-  """What a first pass over all examples finds."""
+  """The result of a first pass over all examples."""
 
   sources: list[DataSource]
   counts: list[int]  # examples of each source
-  duplicates: np.ndarray  # whether each example is there before
+  duplicates: np.ndarray  # whether each example repeats an earlier one
   labels: list[str]
-  dropped: Counter[str]  # rows, by reason: at first only the bad ones
-  read: int  # rows, bad ones too
+  dropped: Counter[str]  # rows, by reason; only bad rows at first
+  read: int  # rows, including bad ones
   notes: Counter[str]
   log_lines: list[str]
 
@@ -221,7 +245,11 @@ class Survey(NamedTuple):
 def _build_cache(
   folder: Path, data: DataSection, tokenizer: "PreTrainedTokenizerBase", on_progress: ProgressFn
 ) -> Manifest:
-  """Write the token files. A first pass over the examples decides which the second one takes."""
+  """Write the token files.
+
+  The sources are read twice: the first pass counts examples and decides which ones the second pass
+  writes. Between the passes, memory holds counts and hashes of the examples, not their text.
+  """
   survey = _survey(data)
   splits, repeats, tail_share = _select(survey, data)
   selected = zip(survey.sources, splits, repeats)
@@ -236,7 +264,7 @@ def _build_cache(
   if 2 * lost > characters:
     raise RequestError(
       f"config.model.path: its tokenizer has no token for {lost:,} of the {characters:,} "
-      "characters of config.data; take a model whose tokenizer was made for such text"
+      "characters of config.data; use a model whose tokenizer was trained on such text"
     )
   extra = sum(int(np.maximum(repeats_N - 1, 0).sum()) for repeats_N in repeats)
   survey.notes["rows read again, as their weight says"] = extra
@@ -257,6 +285,7 @@ def _build_cache(
 
 
 def _survey(data: DataSection) -> Survey:
+  """Count the examples of each source, and find labels and duplicates."""
   weighted = map(sources.parse_weight, data.train)
   all_sources = [DataSource(name, "train", weight) for name, weight in weighted]
   all_sources += [DataSource(name, "validation", 1.0) for name in data.validation]
@@ -270,7 +299,7 @@ def _survey(data: DataSection) -> Survey:
     for example in read_examples(names, source.split, data, dropped, notes, log_lines.append):
       counts[-1] += 1
       labels.add(example.label)
-      digest = hash((example.label, example.text))  # of 64 bits
+      digest = hash((example.label, example.text))  # 64 bits instead of the text, to save memory
       is_duplicate.append(digest in seen)
       seen.add(digest)
   return Survey(
@@ -286,9 +315,14 @@ def _survey(data: DataSection) -> Survey:
 
 
 def _select(survey: Survey, data: DataSection) -> tuple[list[np.ndarray], list[np.ndarray], float]:
-  """Return what `_assign_splits` does, and between the two how often each example is written.
+  """Decide the split of each example and how often it is written.
 
-  Raises RequestError too where the weights leave nothing, or where all labels are the same.
+  Returns:
+    The split of each example, per source; how often each is written, per source; the share of each
+    document to hold out, as `_assign_splits` returns it.
+
+  Raises:
+    RequestError: no example is left to train on, or all labels are the same.
   """
   rng = np.random.default_rng(data.shuffle_seed)
   splits, tail_share = _assign_splits(survey, data, rng)
@@ -298,12 +332,12 @@ def _select(survey: Survey, data: DataSection) -> tuple[list[np.ndarray], list[n
   ]
   if not any(repeats_N[split_N == TRAIN].any() for split_N, repeats_N in zip(splits, repeats)):
     raise RequestError(
-      f"config.data.train={data.train!r}: the weights leave no document to train on"
+      f"config.data.train={data.train!r}: these weights leave no document to train on; raise one"
     )
   if len(survey.labels) == 1:
     raise RequestError(
       f"config.data.label_column={data.label_column!r}: all rows have the label "
-      f"{survey.labels[0]!r}; give two or more"
+      f"{survey.labels[0]!r}; give data with two or more labels"
     )
   return splits, repeats, tail_share
 
@@ -314,7 +348,7 @@ def _read_selected(
   data: DataSection,
 ) -> Iterator[tuple[Example, int]]:
   """Yield the examples to write, each with its split."""
-  ignored = Counter()  # this pass meets the bad rows that the first has counted
+  ignored = Counter()  # the first pass has counted the bad rows already
   for source, split_N, repeats_N in selected:
     for repeat in range(repeats_N.max(initial=0)):
       selected_N = repeats_N > repeat
@@ -333,7 +367,10 @@ def _write_tokens(
   tokenizer: "PreTrainedTokenizerBase",
   on_progress: Callable[[int], None],
 ) -> tuple[dict[str, token_cache.FileInfo], Counter[str]]:
-  """Write the token files of the examples, those of each split apart; return them, and counts."""
+  """Write separate token files for each split.
+
+  Returns the files with their sizes and checksums, and counts of examples and characters.
+  """
   dtype = tokenize.ids_dtype(tokenizer)
   writers = {name: token_cache.TokenWriter(folder, name, dtype) for name in SPLITS}
   label_ids = {label: i for i, label in enumerate(labels)}
@@ -364,7 +401,7 @@ def _write_tokens(
 
 
 def _sort_labels(labels: set[str]) -> list[str]:
-  """Sort labels by the numbers that their data set gives them, else by name."""
+  """Sort labels by class number if the data set has these, else by name."""
   named = [label for label in labels if isinstance(label, readers.ClassName)]
   if len(named) == len(labels):
     return [*sorted(named, key=lambda label: label.number)]
@@ -372,7 +409,10 @@ def _sort_labels(labels: set[str]) -> list[str]:
 
 
 def _label_sort_key(label: str) -> tuple:
-  """Sort numeric labels by value, before all others; int() would stop at 4300 digits."""
+  """Return a sort key that orders numeric labels by value, before all others.
+
+  int() rejects more than 4300 digits, so digits are compared as text.
+  """
   digits = label.lstrip("0") if label.isascii() and label.isdecimal() else None
   return (digits is None, len(digits or ""), digits or "", label)
 
@@ -380,10 +420,15 @@ def _label_sort_key(label: str) -> tuple:
 def _assign_splits(
   survey: Survey, data: DataSection, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], float]:
-  """Return the split of each example, per source, and the share of each document to hold out.
+  """Assign each example to a split.
 
-  That share is 0 where whole documents are held out. Raises RequestError when there is nothing to
-  train on, or nothing to evaluate on although sources are named for it.
+  Returns:
+    The split of each example, per source, and the share of each document to hold out. That share is
+    0 if whole documents are held out.
+
+  Raises:
+    RequestError: no example is left to train on, or none to evaluate on although the settings name
+      validation sources.
   """
   dropped = survey.dropped
   source_splits = np.array([SPLITS[source.split] for source in survey.sources], np.uint8)
@@ -395,7 +440,7 @@ def _assign_splits(
   if not data.validation and data.validation_fraction:
     indices = np.flatnonzero(split_N == TRAIN)
     num_held_out = round(len(indices) * data.validation_fraction)
-    if num_held_out in (0, len(indices)):  # too few documents for whole ones
+    if num_held_out in (0, len(indices)):  # too few documents to hold out whole ones
       tail_share = data.validation_fraction if data.format == "text" else 0.0
       num_held_out = 0 if tail_share or len(indices) < 2 else max(1, num_held_out - 1)
     split_N[rng.permutation(indices)[:num_held_out]] = VALIDATION
@@ -416,7 +461,7 @@ def _assign_splits(
     survey.log_lines.append(
       f"{format_count(num_train, 'document')}: the last {100 * tail_share:g} % of each is held "
       "out, as a separate document (config.data.validation_fraction)"
-      + (", whatever config.data.limit_validation is" * bool(data.limit_validation))
+      + ("; config.data.limit_validation is ignored" * bool(data.limit_validation))
     )
   return np.split(split_N, np.cumsum(survey.counts)[:-1]), tail_share
 
@@ -424,11 +469,13 @@ def _assign_splits(
 def _split_documents(
   documents: Iterable[Example], share: float, with_tails: bool
 ) -> Iterator[tuple[Example, int]]:
-  """Yield each document without its end, for training, and its end, for validation.
+  """Yield each document without its end for training, and its end for validation.
 
-  Documents are cut after a blank if there is one nearby.
+  A document is cut after a blank if one is nearby.
 
   Args:
+    documents: examples of plain text.
+    share: the share of each document's characters to hold out.
     with_tails: whether to yield the ends.
   """
   for document in documents:
@@ -436,7 +483,7 @@ def _split_documents(
     tail = max(1, round(len(text) * share))
     at = max(len(text) - tail, min(1, len(text) - 1))  # leaves at least one letter
     at = text.rfind(" ", max(0, at - tail), at) + 1 or at
-    if not at:  # of one letter
+    if not at:  # a document of one letter
       yield document, TRAIN
       continue
     yield document._replace(text=text[:at], nats=None), TRAIN
@@ -447,8 +494,10 @@ def _split_documents(
 def _repeat_counts(
   weight: float, split_N: np.ndarray, rng: np.random.Generator, dropped: Counter
 ) -> np.ndarray:
-  """Return how often each example of a source is written: the weight's integer part, for all of
-  them, and once more for a random share of them, its fraction.
+  """Return how often each example of a source is written.
+
+  Each example is written as often as the integer part of the weight. A random share of them, the
+  weight's fraction, is written once more.
   """
   repeats_N = np.where(split_N == TRAIN, int(weight), split_N != DROPPED)
   trained = np.flatnonzero(split_N == TRAIN)

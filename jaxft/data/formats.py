@@ -1,4 +1,4 @@
-"""Rows to examples: what is text, where the loss begins, what the label is."""
+"""Turn rows into examples: text, end of the prompt, label."""
 
 import math
 from collections.abc import Sequence
@@ -12,22 +12,33 @@ from jaxft.utils.files import is_encodable
 from jaxft.utils.types import Json
 
 PROMPT, COMPLETION = "{prompt}", "{completion}"
-DEFAULT_TEMPLATE = PROMPT + COMPLETION  # of `data.template`; plain text then has no template
+DEFAULT_TEMPLATE = (
+  PROMPT + COMPLETION
+)  # the default of `data.template`; plain text then uses no template
 
 
 class Example(NamedTuple):
+  """The text of a row, and the part of it to learn."""
+
   text: str
-  prompt_chars: int = 0  # characters of the text that are not learned
+  prompt_chars: int = 0  # characters at the beginning that do not count in the loss
   label: str | None = None
   nats: float | None = None  # -log p(text), if the source gives it
 
 
 class BadRowError(Exception):
-  """A row that is no example; the message gives the reason, which the report counts."""
+  """A row that cannot become an example.
+
+  data_report.json counts these errors by their message.
+  """
 
 
 def to_example(row: RawRow, data: DataSection) -> Example:
-  """Return a row as an example of `data.format`; raises BadRowError."""
+  """Return a row as an example of `data.format`.
+
+  Raises:
+    BadRowError: the row cannot be read, or a value has the wrong type or is empty.
+  """
   if row.error:
     raise BadRowError(row.error)
   columns = row.columns
@@ -47,7 +58,7 @@ def to_example(row: RawRow, data: DataSection) -> Example:
 
 
 def is_templated(data: DataSection) -> bool:
-  """Return whether a text is made of several columns of its row, all of it to be learned."""
+  """Return whether a template joins several columns to one text, all of it learned."""
   return data.format == "text" and data.template != DEFAULT_TEMPLATE
 
 
@@ -60,7 +71,10 @@ def column_settings(data: DataSection) -> tuple[str, ...]:
 
 
 def label_column(data: DataSection) -> str:
-  """Return the column that gets the folder's name of a .txt file; "" if there are no labels."""
+  """Return the column that gets the folder name of a .txt file as its label.
+
+  "" if the format has no labels.
+  """
   return data.label_column if data.format == "classification" else ""
 
 
@@ -72,7 +86,10 @@ def required_columns(data: DataSection) -> tuple[str, ...]:
 
 
 def error_category(message: str) -> str:
-  """Return a message without its row's details, as the report counts it."""
+  """Return an error message without details of its row.
+
+  data_report.json counts dropped rows by this text.
+  """
   return message.split(" (")[0]
 
 
@@ -87,14 +104,14 @@ def _text_cell(columns: Json, data: DataSection, setting: str) -> str:
 def _cell(columns: Json, column: str, setting: str) -> str:
   if column not in columns:
     names = ", ".join(map(repr, columns)) or "none"
-    raise BadRowError(f"no column {column!r} (it has {names}; config.data.{setting} says which)")
+    raise BadRowError(f"no column {column!r} (columns: {names}; set config.data.{setting})")
   value = columns[column]
   if not isinstance(value, str):
-    raise BadRowError(f"column {column!r} is no text ({_describe(value)})")
+    raise BadRowError(f"column {column!r} is not text ({_describe(value)})")
   if not value:
     raise BadRowError(f"column {column!r} is empty")
   if not is_encodable(value):
-    raise BadRowError(f"column {column!r} is not UTF-8 (halves of surrogate pairs, or stray bytes)")
+    raise BadRowError(f"column {column!r} is not UTF-8 (lone surrogates or stray bytes)")
   return value
 
 
@@ -105,18 +122,24 @@ def _describe(value: object) -> str:
 def _parse_label(columns: Json, data: DataSection) -> str:
   column = data.label_column
   value = columns.get(column)
-  if isinstance(value, float) and value.is_integer():  # pandas' integers in a column with gaps
+  if (
+    isinstance(value, float) and value.is_integer()
+  ):  # pandas stores integers of a column with gaps as floats
     value = int(value)
   if isinstance(value, bool | int | str) and str(value) and is_encodable(str(value)):
     return value if isinstance(value, ClassName) else str(value)
-  details = f"{_describe(value)}; config.data.label_column"
-  raise BadRowError(f"column {column!r} is no label ({details})")
+  details = f"{_describe(value)}; set config.data.label_column"
+  raise BadRowError(f"column {column!r} is not a label ({details})")
 
 
 def class_ids(labels: list[str], classes: Sequence[str]) -> list[int]:
-  """Return the class index of each label: by name, by name in other case, or by number.
+  """Return the class index of each label.
 
-  Raises RequestError for a label that is no class.
+  Labels match the classes by name, by name in any case, or by number. All labels must match in the
+  same way.
+
+  Raises:
+    RequestError: a label matches no class.
   """
   by_name = {name: i for i, name in enumerate(classes)}
   folded = [name.casefold() for name in classes]
@@ -143,11 +166,11 @@ def _parse_nats(columns: Json, data: DataSection) -> float:
   except (KeyError, TypeError, ValueError, OverflowError):
     nats = math.nan
   if not math.isfinite(nats):
-    raise BadRowError(f"column {column!r} is no finite number of nats (config.data.nats_column)")
+    raise BadRowError(f"column {column!r} is not a finite number (config.data.nats_column)")
   return nats
 
 
 def as_request_error(row: RawRow, error: BadRowError) -> RequestError:
-  """Return the error of a run that does not skip bad rows."""
-  way_out = "correct it, or leave such rows out with --config.data.on_bad_row=skip"
+  """Return the error that ends a run at its first bad row."""
+  way_out = "fix the row, or skip bad rows with --config.data.on_bad_row=skip"
   return RequestError(f"{row.location}: {error}; {way_out}")

@@ -1,6 +1,8 @@
-"""Rows to batches. A batch is a pure function of (seed, step): resuming needs no saved state.
+"""Batch the rows of a dataset.
 
-A accumulation steps, B rows per step, T columns
+A batch is a pure function of (seed, step), so resuming needs no saved state.
+
+Shapes: A accumulation steps, B rows per step, T columns.
 """
 
 import functools
@@ -15,19 +17,21 @@ from jax.sharding import Sharding
 
 from jaxft.data.packing import PackedRow, TokenDataset
 
-# "ids" and "targets" (int32), "mask" (bool: the targets that count); of packed sequences "segments"
-# and "positions" (int32) too. Each is (A, B, T), or (B, T) of one micro-batch.
+# "ids" and "targets" (int32), "mask" (bool: the targets that count in the loss). Packed sequences
+# also have "segments" and "positions" (int32). Each is (A, B, T), or (B, T) for one micro-batch.
 Batch: TypeAlias = dict[str, jax.Array]
 
 
 class BatchSource:
-  """This process's share of the batch of each step: {"ids", ...}, each (A, B / processes, T).
+  """This process's share of the batch of each step.
 
-  Rows come in a new order each epoch; a batch may straddle two epochs. The global batch is the same
-  rows in the same order for any number of processes, each of which takes the rows `local_rows` of
-  every accumulation step. All rows from `total_rows` on are masked: they fill up the last batch of
-  a run whose length is given in epochs. If there are fewer rows than a batch, each step takes all
-  of them and the rest of the batch is masked.
+  An item is {"ids", ...}, with arrays of shape (A, B / processes, T).
+
+  Rows come in a new order each epoch; a batch may straddle two epochs. The global batch has the
+  same rows in the same order for any number of processes. Each process takes the rows `local_rows`
+  of every accumulation step. Rows from `total_rows` on are masked: they fill the last batch of a
+  run whose length is given in epochs. If the data has fewer rows than a batch, each step takes all
+  rows and masks the rest.
   """
 
   def __init__(
@@ -44,14 +48,14 @@ class BatchSource:
     self._seed = seed
     self._total_rows = total_rows
     self._rows_per_step = min(batch_size, len(rows))
-    # (A, B / processes): which rows of the global batch this process takes.
+    # (A, B / processes): the rows of the global batch that this process takes.
     self._indices = np.arange(batch_size).reshape(accumulation, -1)[:, local_rows]
 
   def __len__(self) -> int:
     return -(-self._total_rows // self._rows_per_step)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Return the batch of step `index`, which is Grain's name for it."""
+    """Return the batch of step `index` (Grain's name for the argument)."""
     indices = self._indices + index * self._rows_per_step
     rows = [self._rows[self._shuffled(int(i))] for i in indices.reshape(-1)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -60,7 +64,10 @@ class BatchSource:
     return {name: x.reshape(*indices.shape, -1) for name, x in batch.items()}
 
   def _shuffled(self, index: int) -> int:
-    """Map an index over all epochs to a row: Grain's stateless shuffle, keyed by (seed, epoch)."""
+    """Map an index over all epochs to a row.
+
+    Uses Grain's stateless shuffle, keyed by (seed, epoch).
+    """
     epoch, index = divmod(index, len(self._rows))
     seed = _epoch_seed(self._seed, epoch)
     return index_shuffle(index, max_index=len(self._rows) - 1, seed=seed, rounds=4)
@@ -68,7 +75,10 @@ class BatchSource:
 
 @functools.lru_cache(maxsize=16)
 def _epoch_seed(seed: int, epoch: int) -> int:
-  """Mix both into 32 bits: with seed + epoch, seed 1 would repeat the epochs of seed 0."""
+  """Mix both into 32 bits.
+
+  With seed + epoch, seed 1 would repeat the epochs of seed 0.
+  """
   return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
@@ -82,7 +92,19 @@ def train_batches(
   start: int,
   sharding: Sharding,
 ) -> Iterator[Batch]:
-  """Yield the batches of steps `start`, `start + 1`, ..., each (A, B, T), on the devices."""
+  """Yield the batches of steps `start`, `start + 1`, ... on the devices.
+
+  Each array of a batch is (A, B, T).
+
+  Args:
+    rows: the training rows.
+    batch_size: rows per optimizer step, over all devices and accumulation steps.
+    accumulation: micro-batches per step, A.
+    seed: decides the order of the rows.
+    total_rows: rows of the whole run; later ones are masked.
+    start: the first step, above 0 for a resumed run.
+    sharding: of each batch, over the devices of all processes.
+  """
   B = batch_size // accumulation
   local_rows = local_row_indices(sharding, B)
   steps = BatchSource(
@@ -93,7 +115,7 @@ def train_batches(
     total_rows=total_rows,
     local_rows=local_rows,
   )
-  # Threads, not processes: rows are slices of one array; their copies release the GIL soon enough.
+  # Threads suffice: rows are slices of one array, and copying them releases the GIL soon enough.
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
   for batch in grain.MapDataset.source(steps)[start:].to_iter_dataset(options):
     yield _make_global_batch(batch, sharding, B, local_rows)
@@ -102,9 +124,12 @@ def train_batches(
 def eval_batches(
   rows: TokenDataset, *, batch_size: int, sharding: Sharding, limit: int = 0
 ) -> Iterator[Batch]:
-  """Yield all rows once, in order, or the first `limit` batches; masked rows fill up the last."""
+  """Yield all rows once, in order, or only the first `limit` batches.
+
+  Masked rows fill the last batch.
+  """
   local_rows = local_row_indices(sharding, batch_size)
-  blank = jax.tree.map(np.zeros_like, rows[0])
+  blank = jax.tree.map(np.zeros_like, rows[0])  # its mask is false, so it does not count
   for start in range(0, min(len(rows), limit * batch_size or len(rows)), batch_size):
     local = [rows[start + i] if start + i < len(rows) else blank for i in local_rows.tolist()]
     batch = jax.tree.map(lambda *columns: np.stack(columns)[None], *local)
@@ -114,7 +139,7 @@ def eval_batches(
 def batch_shapes(
   row: PackedRow, A: int, B: int, sharding: Sharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Return the shapes of a batch of such rows, to compile for."""
+  """Return the shapes of a batch of rows like `row`, for compilation."""
   return {
     name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding)
     for name, x in row.items()
@@ -122,7 +147,7 @@ def batch_shapes(
 
 
 def local_row_indices(sharding: Sharding, B: int) -> np.ndarray:
-  """Return which of B rows the devices of this process hold, in rising order."""
+  """Return which of B rows this process's devices hold, as ascending indices."""
   slices = sharding.addressable_devices_indices_map((1, B, 1)).values()
   return np.unique(np.concatenate([np.arange(B)[index[1]] for index in slices if index]))
 
@@ -130,9 +155,13 @@ def local_row_indices(sharding: Sharding, B: int) -> np.ndarray:
 def _make_global_batch(
   batch: dict[str, np.ndarray], sharding: Sharding, B: int, local_rows: np.ndarray
 ) -> Batch:
-  """Join the local rows of all processes into one batch of B rows per step, on the devices."""
+  """Join the local rows of all processes into one batch on the devices.
+
+  The batch has B rows per accumulation step.
+  """
 
   def make_array(x: np.ndarray) -> jax.Array:
+    # JAX asks for each local shard by its rows in the global batch; x has only this process's rows.
     shard = lambda index: x[:, np.searchsorted(local_rows, np.arange(B)[index[1]])]
     return jax.make_array_from_callback((x.shape[0], B, x.shape[2]), sharding, shard)
 

@@ -1,7 +1,9 @@
-"""Examples laid out in rows of one length, one class per layout. Row i is a function of i alone.
+"""Lay out examples in rows of T tokens, one class per layout.
 
-T columns a row. A row is {"ids", "targets": (T,) int32, "mask": (T,) bool, true where the target
-counts}; where several examples share it also {"segments": (T,) int32, 0 for padding, "positions":
+Row i is a function of i alone.
+
+A row is {"ids", "targets": (T,) int32, "mask": (T,) bool, true if the target counts in the loss}.
+If several examples share a row, it also has {"segments": (T,) int32, 0 for padding, "positions":
 (T,) int32}.
 """
 
@@ -15,21 +17,23 @@ PackedRow: TypeAlias = dict[str, np.ndarray]
 
 
 class PackingStats(NamedTuple):
-  """What became of the examples when they were laid out."""
+  """Counts of the examples and tokens in a layout."""
 
   filled: int  # columns that hold a token
   eos_targets: int  # end tokens among the targets
   overlong: int = 0  # examples that do not fit into one row
-  empty: int = 0  # examples without a token to learn, which are left out
+  empty: int = 0  # examples without a token to learn; they are dropped
   dropped: dict[str, int] = {}  # tokens, by reason
 
 
 class ConcatDataset:
-  """All examples as one stream, cut every T tokens: each token is a target exactly once.
+  """All examples as one stream, cut every T tokens.
 
-  The first token of all is predicted from an end token, as the first of every later example is. The
-  last row is filled up with masked columns instead of being dropped; only rows that hold nothing
-  but prompt are dropped.
+  Each token is a target exactly once.
+
+  The first token of the stream is predicted from an end token, like the first token of every later
+  example. The last row is padded with masked columns, not dropped. Rows that hold only prompts are
+  dropped.
   """
 
   def __init__(self, tokens: TokenArrays, T: int, eos_id: int):
@@ -53,7 +57,10 @@ class ConcatDataset:
     return self.row(start, min(start + self.seq_len, len(self.tokens.ids)), first=start)
 
   def row(self, start: int, stop: int, first: int) -> PackedRow:
-    """Return the row whose targets are tokens start ... stop - 1, those from `first` on learned."""
+    """Return the row whose targets are tokens start ... stop - 1.
+
+    Targets before `first` are masked.
+    """
     window = np.zeros(self.seq_len + 1, np.int32)
     window[0] = self.tokens.ids[start - 1] if start else self._eos_id
     window[1 : 1 + stop - start] = self.tokens.ids[start:stop]
@@ -62,19 +69,19 @@ class ConcatDataset:
     return {"ids": window[:-1], "targets": window[1:], "mask": mask}
 
   def _has_targets(self, num_rows: int) -> np.ndarray:
-    """Return which rows have a token that is not part of a prompt."""
+    """Return a mask of the rows that have a token outside prompts."""
     starts = self.tokens.starts_N1[:-1] + self.tokens.prompts_N
     stops = self.tokens.starts_N1[1:]
     learned = starts < stops
     # Each completion adds 1 to the rows that it touches: +1 at its first row, -1 after its last,
-    # and a running sum. One pass over the examples, however many rows they touch.
+    # and a running sum. This takes one pass over the examples, even if each touches many rows.
     delta = np.zeros(num_rows + 1, np.int64)
     np.add.at(delta, starts[learned] // self.seq_len, 1)
     np.add.at(delta, (stops[learned] - 1) // self.seq_len + 1, -1)
     return np.cumsum(delta[:-1]) > 0
 
   def _loss_mask(self, start: int, stop: int) -> np.ndarray | bool:
-    """Return which of the tokens start ... stop - 1 are not part of a prompt."""
+    """Return a mask of the tokens start ... stop - 1 that are outside prompts."""
     starts = self.tokens.starts_N1
     first, last = np.searchsorted(starts, (start, stop - 1), side="right") - 1
     if not self.tokens.prompts_N[first : last + 1].any():
@@ -85,11 +92,13 @@ class ConcatDataset:
 
 
 class SlidingWindowDataset:
-  """The stream of `ConcatDataset` in windows of T tokens that overlap, to evaluate with context.
+  """The stream of `ConcatDataset` in overlapping windows of T tokens.
+
+  Used to evaluate with context.
 
   An end token begins the stream. Windows begin `stride` tokens apart. Each token is a target once,
-  in the first window that has it, so all but those of the first window see at least T - stride
-  tokens before them. These are the windows of transformers' page on perplexity.
+  in the first window that has it. So every target after the first window has at least T - stride
+  tokens of context. These are the windows of transformers' page on perplexity.
   """
 
   def __init__(self, tokens: TokenArrays, T: int, eos_id: int, stride: int):
@@ -103,13 +112,13 @@ class SlidingWindowDataset:
   def __getitem__(self, i: int) -> PackedRow:
     start = i * self._stride  # the window begins with the token before it
     stop = min(start + self.seq_len - 1, len(self._stream.tokens.ids))
-    # Targets before the first were targets of the window before.
+    # Earlier targets counted in the previous window.
     first = start - self._stride + self.seq_len - 1 if i else 0
     return self._stream.row(start, stop, first)
 
 
 class Span(NamedTuple):
-  """Tokens start ... stop - 1 of all, the targets of one segment, and the example they are of."""
+  """Tokens start ... stop - 1 of one example: the targets of one segment."""
 
   example: int
   start: int
@@ -117,26 +126,37 @@ class Span(NamedTuple):
 
   @property
   def length(self) -> int:
+    """Return the number of tokens."""
     return self.stop - self.start
 
 
 class PackedDataset:
-  """Examples that do not see each other: one per row ("pad"), or several as segments ("pack").
+  """Examples in rows, with attention only inside each example.
 
-  A text that is longer than a row is split into spans for "pack" and truncated for "pad"; a prompt
-  with its completion is truncated for both. The first token of a text is predicted from an end
-  token, or from the bos token of its document if there is one; that of a prompt is not learned.
+  A row holds one example ("pad"), or several as segments ("pack").
+
+  A text longer than a row is split into spans for "pack" and truncated for "pad". A prompt with its
+  completion is truncated for both. The first token of a text is predicted from the bos token of its
+  document if it has one, else from an end token. The first token of a prompt is not learned.
   """
 
   def __init__(self, tokens: TokenArrays, T: int, eos_id: int, *, pack: bool, texts: bool = False):
-    """`texts`: examples have no prompt, but may begin with one bos token that is not learned."""
+    """Lay out the examples.
+
+    Args:
+      tokens: the examples.
+      T: tokens per row.
+      eos_id: the end token, the input before the first token of an example.
+      pack: whether several examples may share a row.
+      texts: whether examples are plain text: no prompt, except one bos token that is not learned.
+    """
     self.tokens = tokens
     self.seq_len = T
     self._eos_id = eos_id
     self._pack = pack
     starts = np.asarray(tokens.starts_N1)
     prompts = np.asarray(tokens.prompts_N)
-    # The first token of a prompt is an input only, so such an example may have one token more.
+    # The first token of a prompt is an input only, so such an example may have one more token.
     capacity_N = T + (prompts > 0)
     lengths_N = np.diff(starts)
     overlong_N = lengths_N > capacity_N
@@ -153,7 +173,8 @@ class PackedDataset:
     # A prompt that leaves no room for its completion has no targets.
     used = [span for span in spans if prompts[span.example] < span.stop - starts[span.example]]
     dropped += sum(span.length for span in spans) - sum(span.length for span in used)
-    # A first token that is not learned is an input only, and takes no column of its own.
+    # A first token that is not learned is an input only, so its span needs one column fewer than it
+    # has tokens.
     columns = [
       span.length - int(span.start < starts[span.example] + prompts[span.example]) for span in used
     ]
@@ -178,11 +199,12 @@ class PackedDataset:
       start = int(self.tokens.starts_N1[span.example])
       prompt = int(self.tokens.prompts_N[span.example])
       values = self.tokens.ids[span.start : span.stop].astype(np.int32)
-      # A learned first token needs an input to be predicted from: the token before it in its text,
-      # never the last of the example before, which this segment must not see.
+      # A learned first token needs an input to be predicted from: the token before it in its text.
+      # Never the last token of the previous example, which this segment must not see.
       if span.start >= start + prompt:
         before = self._eos_id if span.start == start else self.tokens.ids[span.start - 1]
         values = np.concatenate([[np.int32(before)], values])
+      # Targets are the inputs shifted by one, so n + 1 tokens fill n columns.
       n = len(values) - 1
       at = slice(end, end + n)
       ids[at] = values[:-1]
@@ -196,7 +218,10 @@ class PackedDataset:
 
 
 class ClassificationDataset:
-  """One text per row, truncated to T tokens; the target is its class, at its last token."""
+  """One text per row, truncated to T tokens.
+
+  The target is its class, at its last token.
+  """
 
   def __init__(self, tokens: TokenArrays, T: int):
     self.tokens = tokens
@@ -227,18 +252,27 @@ TokenDataset: TypeAlias = LayoutDataset | SlidingWindowDataset
 
 
 def best_fit(lengths: list[int], T: int) -> list[list[int]]:
-  """Return which lengths share a row of T: each goes into the fullest that fits, or a new one.
+  """Pack lengths into rows of T by best fit.
 
-  Rows stay in the order in which they were begun. An integer's bits say how much room there is in
-  some row, so that finding the fullest row is one step however many rows there are.
+  Each goes into the fullest row that has room, else into a new one.
+
+  Bit r of an integer says that some row has room for exactly r more tokens. So the fullest row is
+  found in one step for any number of rows.
+
+  Args:
+    lengths: columns of each example, at most T.
+    T: columns of a row.
+
+  Returns:
+    For each row, in the order in which rows were begun, the indices into `lengths`.
   """
   rows: list[list[int]] = []
   rows_with_room: list[list[int]] = [[] for _ in range(T + 1)]
-  room_bits = 0  # bit r: a row with room for exactly r more
+  room_bits = 0
   for i, length in enumerate(lengths):
     fits = room_bits >> length
     if fits:
-      room = length + (fits & -fits).bit_length() - 1  # the lowest bit is the fullest row
+      room = length + (fits & -fits).bit_length() - 1  # the lowest set bit: the least room
       row = rows_with_room[room].pop()
       if not rows_with_room[room]:
         room_bits &= ~(1 << room)

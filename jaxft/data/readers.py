@@ -1,4 +1,4 @@
-"""The rows of one file, whose suffix says how it is read."""
+"""Read the rows of one file, in the format of its suffix."""
 
 import codecs
 import contextlib
@@ -22,45 +22,46 @@ if TYPE_CHECKING:
   import pyarrow
   from _typeshed import WriteableBuffer
 
-File = TypeVar("File")  # of a folder or of an archive
+File = TypeVar("File")  # a path in a folder, or an entry of an archive
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # pyarrow's names
 TEXT_FORMATS = (".txt", ".md")
 COMPRESSION_SUFFIXES = (*CODECS, ".xz")  # after any of STREAMED_FORMATS
 STREAMED_FORMATS = (".txt", ".jsonl", ".csv", ".md", ".ndjson", ".json", ".tsv")
 READABLE_FORMATS = (*STREAMED_FORMATS, ".parquet", ".arrow", ".zip")
-# What is read of a folder. Other files lie beside data for other ends (README.md,
-# dataset_infos.json, a zip of the same files): they are read where they are named, or where a
-# folder has nothing else.
+# The formats read from a folder. Files of other formats often accompany data (README.md,
+# dataset_infos.json, a zip of the same files). They are read if they are named, or if the folder
+# holds only them.
 DEFAULT_FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 BOM = b"\xef\xbb\xbf"
-# pyarrow, zlib and zstd raise OSError, ValueError or OverflowError; an archive with a password
-# RuntimeError.
+# pyarrow, zlib and zstd raise OSError, ValueError or OverflowError. An archive with a password
+# raises RuntimeError.
 READ_ERRORS = (OSError, ValueError, OverflowError, EOFError, RuntimeError)
 READ_ERRORS += (lzma.LZMAError, zipfile.BadZipFile)
 
 
 class RawRow(NamedTuple):
-  """A row as the source has it, or why it cannot be read."""
+  """A row of a source, or the reason why it cannot be read."""
 
-  location: str  # file and number
-  columns: Json  # all names, with the values of the requested ones
+  location: str  # file and row number
+  columns: Json  # all names; values only of requested columns
   error: str = ""
 
 
 class ReaderOptions(NamedTuple):
   """How files are read: settings of `config.data`."""
 
-  columns: tuple[str, ...] | None  # the requested ones: no other is decoded; None: all
-  text_column: str = "text"  # the name of the content of a plain-text file
+  columns: tuple[str, ...] | None  # requested columns; no other is decoded; None: all
+  text_column: str = "text"  # column for the content of a plain-text file
   separator: str = ""
   encoding: str = "utf-8"
-  label_column: str = ""  # of a plain-text file, for its label; empty: none
-  label: str = ""  # that label, the name of the file's folder
+  label_column: str = ""  # column for the label of a plain-text file; empty: no labels
+  label: str = ""  # that label: the name of the file's folder
 
   @classmethod
   def from_config(
     cls, data: DataSection, columns: tuple[str, ...] | None, label_column: str
   ) -> "ReaderOptions":
+    """Return the options for `config.data`."""
     return cls(
       columns=columns,
       text_column=data.text_column,
@@ -70,23 +71,27 @@ class ReaderOptions(NamedTuple):
     )
 
   def select(self, names: Iterable[str]) -> list[str]:
-    """Return those of a table's columns that are requested."""
+    """Return the requested columns among `names`."""
     return [name for name in dict.fromkeys(names) if self.columns is None or name in self.columns]
 
 
 class ClassName(str):
-  """The name of a class, and its number in the data set that the name is from."""
+  """The name of a class, with its number in the data set."""
 
   number: int
 
   def __new__(cls, name: str, number: int) -> "ClassName":
+    """Return the name as a string that carries its number."""
     self = super().__new__(cls, name)
     self.number = number
     return self
 
 
 def file_format(file: PurePath) -> str:
-  """Return the suffix that says how a file is read, compression aside; "" if it is not read."""
+  """Return a file's format as a suffix, without compression.
+
+  "" if jaxft cannot read the file.
+  """
   last = file.suffix.lower()
   if last in COMPRESSION_SUFFIXES:
     suffix = PurePath(file.stem).suffix.lower()
@@ -95,9 +100,15 @@ def file_format(file: PurePath) -> str:
 
 
 def read_rows(file: Path, options: ReaderOptions, notes: Counter[str]) -> Iterator[RawRow]:
-  """Yield all rows of a file; those that do not parse have an error.
+  """Yield all rows of a file. A row that does not parse has an error.
 
-  A file that cannot be read at all raises one of READ_ERRORS.
+  Args:
+    file: a file in one of READABLE_FORMATS, perhaps compressed.
+    options: how to read it.
+    notes: counts what data_report.json notes, such as files with a byte order mark.
+
+  Raises:
+    READ_ERRORS: one of these, if the file as a whole cannot be read.
   """
   reject_lfs_pointer(file)
   options = options._replace(label=file.absolute().parent.name)
@@ -108,13 +119,13 @@ def read_rows(file: Path, options: ReaderOptions, notes: Counter[str]) -> Iterat
     with _open_decompressed(file) as stream:
       yield from _read_stream(str(file), suffix, stream, options, notes)
   else:
-    # pyarrow opens no file whose name is not UTF-8.
+    # pyarrow cannot open a file whose name is not UTF-8.
     with contextlib.nullcontext(file) if is_encodable(str(file)) else file.open("rb") as source:
       yield from _read_table(str(file), suffix, source, options)
 
 
 def _read_archive(file: Path, options: ReaderOptions, notes: Counter[str]) -> Iterator[RawRow]:
-  """Yield the rows of those files in a zip that would be read in a folder."""
+  """Yield the rows of the files in a zip that would be read from a folder."""
   with zipfile.ZipFile(file) as archive:
     suffixes = {}
     for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
@@ -126,7 +137,9 @@ def _read_archive(file: Path, options: ReaderOptions, notes: Counter[str]) -> It
       nested = path.suffix.lower() in COMPRESSION_SUFFIXES or suffix == ".zip"
       suffixes[entry] = "" if nested else suffix
     readable = {entry: suffix for entry, suffix in suffixes.items() if suffix}
-    entries = select_files(f"data source {str(file)!r}", readable, "unpack it, and name those")
+    entries = select_files(
+      f"data source {str(file)!r}", readable, "unpack it and name the files to read"
+    )
     notes["files in archives that are of no kind that is read"] += len(suffixes) - len(readable)
     unselected = "read only where there is no other kind (.json, .md, ...)"
     notes[f"files in archives that are {unselected}"] += len(readable) - len(entries)
@@ -143,15 +156,23 @@ def _read_archive(file: Path, options: ReaderOptions, notes: Counter[str]) -> It
 
 
 def select_files(location: str, suffixes: dict[File, str], way_out: str) -> list[File]:
-  """Return the files of a folder or an archive to read: DEFAULT_FORMATS, else all of one format.
+  """Select the files of a folder or an archive to read.
 
-  Raises RequestError for several other formats.
+  All files of DEFAULT_FORMATS are read; without any, all files of one other format.
+
+  Args:
+    location: the source, for the error.
+    suffixes: the format of each file.
+    way_out: how the user can choose files, for the error.
+
+  Raises:
+    RequestError: no file has a default format, and the files have several formats.
   """
   if default := [file for file, suffix in suffixes.items() if suffix in DEFAULT_FORMATS]:
     return default
   if len(distinct := sorted(set(suffixes.values()))) > 1:
     raise RequestError(
-      f"{location}: files of several kinds ({', '.join(distinct)}) in it; {way_out} to read"
+      f"{location}: has files of several formats ({', '.join(distinct)}); {way_out}"
     )
   return list(suffixes)
 
@@ -160,7 +181,7 @@ def select_files(location: str, suffixes: dict[File, str], way_out: str) -> list
 def _open_decompressed(file: Path) -> Generator[io.BufferedReader]:
   """Open a file, decompressed.
 
-  Python opens it, not pyarrow: its name may not be UTF-8, and its suffix may be in capitals.
+  Python opens the file, not pyarrow: its name may not be UTF-8, and its suffix may be in capitals.
   """
   suffix = file.suffix.lower()
   with file.open("rb") as raw:
@@ -178,7 +199,7 @@ def _open_decompressed(file: Path) -> Generator[io.BufferedReader]:
 
 
 class _Utf8Stream(io.RawIOBase):
-  """A stream in another encoding, as UTF-8."""
+  """A stream that converts another encoding to UTF-8."""
 
   def __init__(self, stream: BinaryIO, encoding: str):
     self._stream = stream
@@ -211,8 +232,7 @@ def _read_stream(
     stream = io.BufferedReader(_Utf8Stream(stream, options.encoding))
   elif stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
     raise RequestError(
-      f"{location}: begins as UTF-16 does, which Excel calls Unicode; "
-      "set config.data.encoding=utf-16"
+      f"{location}: looks like UTF-16, which Excel calls Unicode; set config.data.encoding=utf-16"
     )
   if stream.peek(3)[:3] == BOM:
     notes["files with a byte order mark"] += 1
@@ -236,14 +256,14 @@ def _read_stream(
 def _read_text(
   location: str, stream: io.BufferedReader, options: ReaderOptions, notes: Counter[str]
 ) -> Iterator[RawRow]:
-  """Yield the file as one row, or as many as `separator` cuts it into."""
+  """Yield the file as one row, or one row for each part between separators."""
   content = stream.read()
   separator = options.separator
   notes[".txt files with \\r\\n, which is kept"] += b"\r\n" in content
   documents = content.split(separator.encode()) if separator else [content]
   for number, document in enumerate(documents, 1):
     row_location = f"{location}, part {number}" if separator else location
-    if separator and not document.strip():  # before a first separator, or after a last one
+    if separator and not document.strip():  # before the first separator or after the last
       notes["parts between separators with nothing but blanks in them, left out"] += 1
       continue
     try:
@@ -255,7 +275,7 @@ def _read_text(
 
 def _utf8_error(error: UnicodeDecodeError) -> str:
   position = f"{error.reason} at byte {error.start}"
-  return f"not UTF-8 ({position}; config.data.encoding names another, such as cp1252)"
+  return f"not UTF-8 ({position}; set config.data.encoding, for example to cp1252)"
 
 
 def _read_json(
@@ -265,7 +285,7 @@ def _read_json(
   text = stream.read()
   try:
     content = json.loads(text)
-  except (ValueError, RecursionError):  # the first line is complete, and more follows
+  except (ValueError, RecursionError):  # one object per line is not one JSON value
     yield from _read_json_lines(location, io.BytesIO(text), notes)
     return
   if isinstance(content, dict):
@@ -273,8 +293,8 @@ def _read_json(
     if not is_row and any(isinstance(value, list) for value in content.values()):
       keys = ", ".join(map(repr, content))[:200]
       raise RequestError(
-        f"{location}: one JSON object, with {keys}, and not a list of rows; "
-        "write the list in it into a file of its own"
+        f"{location}: holds one JSON object with {keys}, not a list of rows; "
+        "save the list inside it as a separate file"
       )
   for number, row in enumerate(content if isinstance(content, list) else [content], 1):
     yield _json_row(f"{location}, row {number}", row)
@@ -304,10 +324,11 @@ def _json_row(location: str, row: object) -> RawRow:
 
 
 def _has_quoted_cells(content: bytes) -> bool:
-  """Return whether quotes enclose cells of a .tsv file, rather than being letters.
+  """Return whether quotes in a .tsv file enclose cells.
 
-  Read as csv, two stray quotes make one row of all rows between them. So quotes are letters if the
-  file is not valid csv, or if a quoted cell spans lines although every line has the tabs of a row.
+  In csv, two stray quotes would merge all rows between them. So quotes are ordinary characters if
+  the file is not valid csv, or if a quoted cell spans lines although every line has the same number
+  of tabs.
   """
   csv.field_size_limit(2**31 - 1)
   text = content.decode(errors="replace")
@@ -330,7 +351,7 @@ def _read_csv(
 ) -> Iterator[RawRow]:
   csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
   delimiter = _detect_delimiter(stream.peek().splitlines()[:1], options, notes, delimiter)
-  # Bytes that are not UTF-8 become surrogates, which `is_encodable` finds in the row that has them.
+  # Bytes that are not UTF-8 become surrogates; `is_encodable` then rejects only the rows with them.
   with io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="") as text:
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     lines = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
@@ -344,14 +365,14 @@ def _read_csv(
         cells = next(lines)
       except StopIteration:
         return
-      except csv.Error as error:  # a quote that is never closed, or closed in the middle of a cell
+      except csv.Error as error:  # a quote that never closes, or closes inside a cell
         yield RawRow(row_location, {}, f"not CSV ({error}, at line {lines.line_num})")
         continue
       if not cells:  # an empty line, which csv.writer never writes for a row
         number -= 1
       elif len(cells) > len(names):
-        counts = f"{len(cells)} and {len(names)}; is a comma not quoted?"
-        yield RawRow(row_location, {}, f"more cells than the first line names ({counts})")
+        counts = f"{len(cells)} and {len(names)}; quote cells that contain {delimiter!r}"
+        yield RawRow(row_location, {}, f"more cells than column names ({counts})")
       else:
         yield RawRow(row_location, dict(zip(names, cells)))
 
@@ -359,7 +380,10 @@ def _read_csv(
 def _detect_delimiter(
   lines: list[bytes], options: ReaderOptions, notes: Counter[str], default: str
 ) -> str:
-  """Return the default, or another delimiter if only that finds a requested column."""
+  """Return the delimiter of a csv file.
+
+  It is the default unless only another one finds a requested column.
+  """
   header = b"".join(lines).decode(errors="replace")
   for delimiter in (default, ";", "\t"):
     try:
@@ -373,9 +397,12 @@ def _detect_delimiter(
 
 
 def _check_unique(location: str, names: list[str], options: ReaderOptions) -> None:
-  """Raise RequestError if a requested column occurs twice; others may, often the empty one."""
+  """Raise RequestError if a requested column occurs twice.
+
+  Other columns may, often one without a name.
+  """
   if duplicates := [name for name in options.columns or () if names.count(name) > 1]:
-    raise RequestError(f"{location}: two columns are called {duplicates[0]!r}")
+    raise RequestError(f"{location}: has two columns named {duplicates[0]!r}; rename one")
 
 
 # ---- Tables of pyarrow ---------------------------------------------------------------------------
@@ -407,7 +434,10 @@ def _read_table(
 
 
 def _open_arrow(file: Path | BinaryIO) -> "pyarrow.Table":
-  """Return a memory-mapped pyarrow table: a stream, as datasets writes it, or an indexed file."""
+  """Return a memory-mapped pyarrow table.
+
+  Arrow files are a stream, as the datasets library writes them, or an indexed file.
+  """
   import pyarrow.ipc
 
   is_path = isinstance(file, Path)
@@ -420,9 +450,12 @@ def _open_arrow(file: Path | BinaryIO) -> "pyarrow.Table":
 
 
 def _batch_rows(batch: "pyarrow.RecordBatch") -> Iterator[tuple[Json, str]]:
-  """Yield the rows of a pyarrow batch, and the error of each that Python cannot represent.
+  """Yield each row of a pyarrow batch with its error, or with an empty one.
 
-  Rows are converted one by one if a value fails (bytes that are not UTF-8, a date).
+  A row has an error if Python cannot represent a value.
+
+  If the conversion of the whole batch fails (bytes that are not UTF-8, a date out of range), rows
+  are converted one by one.
   """
   try:
     yield from ((row, "") for row in batch.to_pylist())
@@ -434,11 +467,11 @@ def _batch_rows(batch: "pyarrow.RecordBatch") -> Iterator[tuple[Json, str]]:
       (row,) = batch.slice(i, 1).to_pylist()
       yield row, ""
     except (ValueError, OverflowError) as error:
-      yield {}, f"a value cannot be read ({first_line(error)})"
+      yield {}, f"cannot read a value ({first_line(error)})"
 
 
 def _hf_features(metadata: Mapping[bytes, bytes]) -> Json:
-  """Return the features of the columns in a table that the datasets library has written."""
+  """Return the features that the datasets library has stored in a table's metadata."""
   try:
     features = json.loads(metadata[b"huggingface"])["info"]["features"]
   except (KeyError, TypeError, ValueError, RecursionError):
@@ -447,7 +480,11 @@ def _hf_features(metadata: Mapping[bytes, bytes]) -> Json:
 
 
 def class_names(features: Mapping[str, object]) -> dict[str, list[ClassName]]:
-  """Return the class names of each column of class numbers (datasets.ClassLabel, or its JSON)."""
+  """Return the class names of each column of class numbers.
+
+  Args:
+    features: the feature of each column, a datasets.ClassLabel or its JSON.
+  """
   by_column = {}
   for column, feature in features.items():
     about = feature if isinstance(feature, dict) else {"_type": type(feature).__name__}
@@ -459,7 +496,10 @@ def class_names(features: Mapping[str, object]) -> dict[str, list[ClassName]]:
 
 
 def with_class_names(columns: Json, class_names: Mapping[str, list[ClassName]]) -> Json:
-  """Return the columns with names for class numbers; one without a name, such as -1, is None."""
+  """Replace class numbers by class names.
+
+  A number without a name, such as -1, becomes None.
+  """
   for column in class_names.keys() & columns.keys():
     number = columns[column]
     names = class_names[column]

@@ -1,4 +1,7 @@
-"""Rows from files and hub data sets, one at a time; only .txt and .json files are read whole."""
+"""Read rows from files and hub data sets, one at a time.
+
+Text, .tsv and .json files are read into memory whole; so are tables inside zip archives.
+"""
 
 import contextlib
 import fnmatch
@@ -29,7 +32,7 @@ from jaxft.utils.files import HUB_URL, exists
 if TYPE_CHECKING:
   import datasets
 
-# In the folder of a run or a model, in which there may be text to learn too.
+# Names in the folder of a run or a model. The same folder may hold text to train on.
 RUN_FOLDERS = (
   "checkpoints profile export adapter run.model tensorboard mlartifacts wandb trackio"
 ).split()
@@ -37,22 +40,25 @@ RUN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
 MODEL_FILES = (".safetensors", ".msgpack", ".bin", ".h5", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 TOKENIZER_FILES |= {"vocab.json", "special_tokens_map.json"}
-HUB_TIMEOUT = 5  # seconds for the hub to answer
+HUB_TIMEOUT = 5  # seconds to wait for the hub
 # Notes of data_report.json.
 SEEN_NOTE = "links to folders that are read anyway, or that hold this one, left out"
 RUN_NOTE = "files of a run or a model, left out"
 RUN_KIND = "folders of runs"
-# What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
-SAVED_STATE = "state.json"
-SAVED_SPLITS = "dataset_dict.json"
+SAVED_STATE = "state.json"  # written by datasets.Dataset.save_to_disk
+SAVED_SPLITS = "dataset_dict.json"  # written by datasets.DatasetDict.save_to_disk
 
 
 def find_files(source: str, split: str, notes: Counter[str] | None = None) -> list[Path]:
-  """Return the files of a path, a glob or a folder, sorted; raises RequestError for none.
+  """Return the files of a path, a glob or a folder, sorted.
 
   Args:
-    split: of a folder that datasets.DatasetDict.save_to_disk has written.
-    notes: counts what is left out of folders.
+    source: the path or glob.
+    split: the split of a folder written by datasets.DatasetDict.save_to_disk.
+    notes: counts the skipped files of folders.
+
+  Raises:
+    RequestError: no file matches, or a file has a format that jaxft cannot read.
   """
   path = Path(source)
   notes = Counter() if notes is None else notes
@@ -65,7 +71,7 @@ def find_files(source: str, split: str, notes: Counter[str] | None = None) -> li
     files = _match_glob(source, notes)
     problem = "no such file or folder"
   if not files and (url := HUB_URL.fullmatch(source)) and url["datasets"]:
-    raise RequestError(f"data source {source!r}: an address; give hub:{url['id']}")
+    raise RequestError(f"data source {source!r}: is a URL; give hub:{url['id']}")
   if not files:
     way_out = "give a file, a glob, a folder or hub:NAME"
     raise RequestError(f"data source {source!r}: {problem}; {way_out}")
@@ -73,19 +79,22 @@ def find_files(source: str, split: str, notes: Counter[str] | None = None) -> li
     if not file_format(file):
       raise RequestError(
         f"data source {str(file)!r}: cannot read {file.suffix or 'a file without a suffix'}; "
-        f"it must be one of {', '.join(READABLE_FORMATS)}, and may be compressed "
-        f"({', '.join(readers.COMPRESSION_SUFFIXES)}) if it is text, JSON or CSV"
+        f"supported: {', '.join(READABLE_FORMATS)}; text, JSON and CSV may be compressed "
+        f"({', '.join(readers.COMPRESSION_SUFFIXES)})"
       )
   return files
 
 
 def _folder_files(folder: Path, split: str, notes: Counter[str]) -> list[Path]:
-  """Return the files of a folder to read: those of the default formats, else all of one format."""
+  """Return the files of a folder to read.
+
+  All files of the default formats are read; without any, all files of one other format.
+  """
   if _has_list(folder / SAVED_SPLITS, "splits"):
     if not (folder / split).is_dir():
       splits = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
       raise RequestError(
-        f"data source {str(folder)!r}: no split {split!r} in it ({splits}); "
+        f"data source {str(folder)!r}: has no split {split!r} (splits: {splits}); "
         f"name one as {folder}/SPLIT"
       )
     folder = folder / split
@@ -94,10 +103,12 @@ def _folder_files(folder: Path, split: str, notes: Counter[str]) -> list[Path]:
   source = f"data source {str(folder)!r}"
   files = _list_files(folder, notes)
   suffixes = {file: suffix for file in files if (suffix := file_format(file))}
-  selected = readers.select_files(source, suffixes, f"name those, such as {folder}/*.SUFFIX,")
+  selected = readers.select_files(
+    source, suffixes, f"name the files to read, for example {folder}/*.SUFFIX"
+  )
   if not selected:
     raise RequestError(
-      f"{source}: no {', '.join(READABLE_FORMATS)} file in this folder; "
+      f"{source}: this folder has no {', '.join(READABLE_FORMATS)} file; "
       "give a file, a glob, a folder or hub:NAME"
     )
   if left := Counter(file_format(file) for file in {*files} - {*selected}):
@@ -108,7 +119,10 @@ def _folder_files(folder: Path, split: str, notes: Counter[str]) -> list[Path]:
 
 
 def _has_list(file: Path, key: str) -> bool:
-  """Return whether a JSON object has a list at `key`: other tools write files of the same names."""
+  """Return whether a JSON object has a list at `key`.
+
+  The check matters because other tools use the same file names.
+  """
   try:
     content = json.loads(file.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
@@ -117,7 +131,7 @@ def _has_list(file: Path, key: str) -> bool:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-  """Return the files that datasets.Dataset.save_to_disk has written to a folder, in their order."""
+  """Return the files that datasets.Dataset.save_to_disk wrote, in order."""
   source = f"data source {str(folder)!r}"
   try:
     state = json.loads((folder / SAVED_STATE).read_text(encoding="utf-8"))
@@ -129,16 +143,18 @@ def _saved_files(folder: Path) -> list[Path]:
     raise RequestError(f"{source}: {SAVED_STATE}: {first_line(error)}") from error
   for name in names:
     if not (folder / name).is_file():
-      raise RequestError(f"{source}: {name}, which {SAVED_STATE} names, is not there")
+      raise RequestError(f"{source}: {SAVED_STATE} names {name}, which does not exist")
   return [folder / name for name in names]
 
 
 def _list_files(folder: Path, notes: Counter[str]) -> list[Path]:
-  """Return the files below a folder, except hidden ones and those of runs and models.
+  """Return the files below a folder, except hidden, run and model files.
 
-  Links to folders are followed, and each folder is read once. The folder itself may be a run's or a
-  model's, with text beside its own files: that text is read. Raises RequestError for a folder that
-  may not be read.
+  Links to folders are followed, and each folder is read once. If the folder itself is a run's or a
+  model's, any text next to the run's files is read.
+
+  Raises:
+    RequestError: permission to read a folder is missing.
   """
   files = []
   with _as_request_error(str(folder)):
@@ -158,7 +174,7 @@ def _list_files(folder: Path, notes: Counter[str]) -> list[Path]:
 
 @contextlib.contextmanager
 def _as_request_error(source: str) -> Generator[None]:
-  """Report a folder that may not be read in one line."""
+  """Turn an OSError about a folder into a RequestError of one line."""
   try:
     yield
   except OSError as error:
@@ -166,11 +182,15 @@ def _as_request_error(source: str) -> Generator[None]:
 
 
 def _walk(folder: Path, notes: Counter[str]) -> Iterator[tuple[Path, list[str], list[str]]]:
-  """Walk like os.walk, but follow links, enter each folder once and raise OSError if it fails."""
+  """Walk like os.walk, but follow links and enter each folder once.
+
+  A folder that cannot be listed raises OSError.
+  """
 
   def raise_error(error: OSError) -> None:
     raise error
 
+  # The parents count as seen: a link to one of them would lead back here.
   seen = {_inode(parent) for parent in folder.resolve().parents}
   for path, folders, names in os.walk(folder, followlinks=True, onerror=raise_error):
     if (inode := _inode(Path(path))) in seen:
@@ -182,19 +202,25 @@ def _walk(folder: Path, notes: Counter[str]) -> Iterator[tuple[Path, list[str], 
 
 
 def _is_accessible(file: Path, notes: Counter[str]) -> bool:
-  """Return whether a path exists; raises PermissionError if that cannot be known."""
+  """Return whether a path exists.
+
+  Raises PermissionError if that cannot be determined.
+  """
   try:
     file.stat()
   except PermissionError:
     raise
-  except OSError:  # a link to nothing, or to itself
+  except OSError:  # a broken link, or a link to itself
     notes["links that lead nowhere, left out"] += 1
     return False
   return True
 
 
 def _match_glob(pattern: str, notes: Counter[str]) -> list[Path]:
-  """Return the files that match, except those of runs and models in folders it does not name."""
+  """Return the files that match a glob.
+
+  Files of runs and models are skipped below the fixed part of the pattern.
+  """
   parts = Path(pattern).parts
   base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
   inode = functools.cache(_inode)
@@ -217,7 +243,7 @@ def _match_glob(pattern: str, notes: Counter[str]) -> list[Path]:
       notes[SEEN_NOTE] += 1
       continue
     seen.add(identity)
-    # Few names may be a run's or a model's own: only for those the folder is read.
+    # Listing a folder is slow, so do it only for the few names that runs and models use.
     may_be_run_file = glob.has_magic(parts[-1]) and file.name in RUN_FILES
     if is_skipped(file.parent) or may_be_run_file and _is_run_file(file):
       notes[RUN_NOTE] += 1
@@ -229,8 +255,8 @@ def _match_glob(pattern: str, notes: Counter[str]) -> list[Path]:
 def _expand_glob(folder: Path, parts: tuple[str, ...], notes: Counter[str]) -> Iterator[Path]:
   """Yield the matches of a pattern in a folder, like glob.glob(recursive=True).
 
-  But ** enters each folder once, and a folder that may not be read raises OSError instead of being
-  skipped. Links that lead nowhere are yielded too.
+  Unlike glob, ** enters each folder once, and an unreadable folder raises OSError instead of being
+  skipped. Broken links are yielded too.
   """
   part, rest = parts[0], parts[1:]
   if part == "**":
@@ -262,7 +288,7 @@ def _is_run_file(file: Path) -> bool:
 
 
 def _run_files(kind: str, names: list[str]) -> set[str]:
-  """Return which files of a folder of this kind are a run's or a model's own, not text."""
+  """Return the names that a run or a model wrote, and that are not text."""
   return {name for name in names if name in RUN_FILES and (kind or TOKENIZER_FILES & {*names})}
 
 
@@ -272,7 +298,10 @@ def _inode(folder: Path) -> tuple[int, int]:
 
 
 def _non_text_kind(folder: Path) -> str:
-  """Return the kind of a folder whose readable files are no text to learn; "" for any other."""
+  """Return the kind of a folder that holds no text to train on.
+
+  "" for any other folder.
+  """
   readable = os.access(folder, os.R_OK | os.X_OK)
   names = {path.name for path in folder.iterdir()} if readable else set()
   if "run.lock" in names or {"config.json", "metrics.jsonl"} <= names:
@@ -284,12 +313,15 @@ def _non_text_kind(folder: Path) -> str:
 
 
 def parse_weight(source: str) -> tuple[str, float]:
-  """Return a training source and its epochs per epoch: SOURCE@0.5, SOURCE@3; 1 by default.
+  """Split SOURCE@WEIGHT, such as text.txt@0.5, into the source and its weight.
 
-  Raises RequestError for a weight that no epoch can have.
+  The weight is how often an epoch reads the source, 1 by default.
+
+  Raises:
+    RequestError: the weight is not above 0 and at most 100.
   """
   name, at, text = source.rpartition("@")
-  # The name of a file or a folder may have an @ too.
+  # The name of a file or a folder may contain an @ too.
   if not at or "/" in text or file_format(Path(source)) or exists(Path(source)):
     return source, 1.0
   try:
@@ -298,7 +330,7 @@ def parse_weight(source: str) -> tuple[str, float]:
     weight = math.nan
   if not 0 < weight <= 100:
     wanted = "a number above 0 and at most 100"
-    raise RequestError(f"data source {source!r}: what follows the @ must be {wanted}")
+    raise RequestError(f"data source {source!r}: the weight after @ must be {wanted}")
   return name, weight
 
 
@@ -317,7 +349,7 @@ def validate_sources(data: DataSection) -> list[str]:
 
 
 def fingerprint(sources: tuple[str, ...], split: str) -> list[str]:
-  """Return one line for each file or hub data set, which changes with its content."""
+  """Return one line for each file or hub data set; it changes with the content."""
   lines = []
   for source in sources:
     if source.startswith("hub:"):
@@ -337,13 +369,17 @@ def read_rows(
 ) -> Iterator[RawRow]:
   """Yield all rows of the sources, in order.
 
-  Rows that do not parse have an error; a file that cannot be read at all raises RequestError.
+  A row that does not parse has an error.
 
   Args:
-    split: of hub data sets that name none.
-    options: for all of them, or a function that is called with the name of each file or hub data
+    sources: paths, globs, folders, and hub:NAME.
+    split: the split to read if the name of a hub data set does not include one.
+    options: one for all files, or a function that is called with the name of each file or hub data
       set before it is opened.
-    notes: counts what is notable: files with a byte order mark, .txt files with \\r\\n.
+    notes: counts what data_report.json notes: files with a byte order mark, with CRLF.
+
+  Raises:
+    RequestError: a file as a whole cannot be read.
   """
   options_for = options if callable(options) else lambda name: options
   for source in sources:
@@ -353,7 +389,7 @@ def read_rows(
         yield from _read_hub(source, split, hub_options)
       continue
     files = find_files(source, split, notes)
-    # Where folders name the labels, a file outside of them has none.
+    # If folders name the labels, a file outside of them has no label.
     in_folders = any(file.parent != Path(source) for file in files)
     for file in files:
       file_options = options_for(str(file))
@@ -366,7 +402,7 @@ def read_rows(
 
 
 def _read_hub(source: str, split: str, options: ReaderOptions) -> Iterator[RawRow]:
-  table: Any = _open_hub(source, split)  # what its methods return has no types
+  table: Any = _open_hub(source, split)  # Any: its methods lack return types
   blank = dict.fromkeys(table.column_names)
   names = readers.class_names(table.features or {})
   selected = options.select(blank)
@@ -377,7 +413,7 @@ def _read_hub(source: str, split: str, options: ReaderOptions) -> Iterator[RawRo
 
 @contextlib.contextmanager
 def _errors_named_after(source: Path | str) -> Generator[None]:
-  """Turn whatever goes wrong with a source into one line that names it."""
+  """Turn any read error into a RequestError that names the source."""
   try:
     yield
   except readers.READ_ERRORS as error:
@@ -385,20 +421,20 @@ def _errors_named_after(source: Path | str) -> Generator[None]:
 
 
 def _open_hub(source: str, split: str) -> "datasets.Dataset":
-  import datasets  # a second to import: only runs that read from the hub pay for it
+  import datasets  # takes a second to import, so only runs that read from the hub do
 
   name, _, own_split = source.removeprefix("hub:").partition(":")
   if not name:
     way_out = "give hub:NAME, hub:NAME:SPLIT or hub:NAME/CONFIGURATION:SPLIT"
-    raise RequestError(f"data source {source!r}: no name; {way_out}")
+    raise RequestError(f"data source {source!r}: has no name; {way_out}")
   name, configuration = _split_configuration(name)
   try:
     with _offline_if_unreachable(name):
       return _load_dataset(datasets, name, configuration, own_split or split)
-  # Hub, network and format errors share no class; all mean that this source cannot be read.
+  # Hub, network and format errors share no base class; all mean that this source cannot be read.
   except Exception as error:
     problem = (
-      f"{first_line(error)}; check the name and the split, or download it and give the files"
+      f"{first_line(error)}; check the name and the split, or download the files and name them"
     )
     if match := re.search(r"vailable(?: configs)?: \[(.*?)\]", str(error)):
       names = match[1].replace("'", "")
@@ -407,19 +443,22 @@ def _open_hub(source: str, split: str) -> "datasets.Dataset":
 
 
 def has_split(source: str, split: str) -> bool:
-  """Return whether a hub data set has a split of that name; False if unknown: reading says why."""
+  """Return whether a hub data set has this split.
+
+  False also if the hub cannot be asked; reading the data set then raises the error.
+  """
   import datasets
 
   name, configuration = _split_configuration(source.removeprefix("hub:"))
   try:
     with _offline_if_unreachable(name):
       return split in datasets.get_dataset_split_names(name, configuration)
-  except Exception:  # hub, network and format errors share no class
+  except Exception:  # hub, network and format errors share no base class
     return False
 
 
 def _split_configuration(name: str) -> tuple[str, str | None]:
-  """Split NAME/CONFIGURATION of a data set; a hub id has at most one slash of its own."""
+  """Split NAME/CONFIGURATION of a data set. A hub id itself has at most one slash."""
   head, _, tail = name.rpartition("/")
   if exists(Path(name)) or not head:
     return name, None
@@ -432,7 +471,7 @@ def _load_dataset(
   try:
     return datasets.load_dataset(name, configuration, split=split)
   except datasets.exceptions.DatasetNotFoundError:
-    head, _, tail = name.rpartition("/")  # of an id without an owner: glue/sst2
+    head, _, tail = name.rpartition("/")  # an id without an owner: glue/sst2
     if configuration or not head:
       raise
     with contextlib.suppress(datasets.exceptions.DatasetNotFoundError):
@@ -442,7 +481,10 @@ def _load_dataset(
 
 @contextlib.contextmanager
 def _offline_if_unreachable(name: str) -> Generator[None]:
-  """Use only the cache if the hub does not answer: the libraries would retry for a minute."""
+  """Use only the cache if the hub does not answer.
+
+  Otherwise the libraries would retry for a minute.
+  """
   import datasets.config
   from huggingface_hub import constants
 
@@ -455,7 +497,7 @@ def _offline_if_unreachable(name: str) -> Generator[None]:
   constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
   try:
     yield
-  except OSError as error:  # not found, or offline
+  except OSError as error:  # not in the cache
     raise OSError(
       f"{host.hostname} does not answer, and the data set is not in the cache"
     ) from error
@@ -465,7 +507,10 @@ def _offline_if_unreachable(name: str) -> Generator[None]:
 
 @functools.cache  # once per process: a data set is opened several times
 def _is_reachable(host: urllib.parse.SplitResult) -> bool:
-  """Return whether a server takes connections; in a thread, as a DNS lookup may take long."""
+  """Return whether a server accepts connections.
+
+  This runs in a thread with a timeout, because a DNS lookup may take long.
+  """
 
   def connect() -> bool:
     port = host.port or (80 if host.scheme == "http" else 443)

@@ -1,8 +1,10 @@
-"""Token files: written once per text, tokenizer and settings, memory-mapped from then on.
+"""Cache tokens on disk, memory-mapped.
 
-A cache folder has one folder per entry, named by what it was made from. One process writes it under
-a temporary name, while others wait, and renames it when it is complete. Its checksums are compared
-whenever it is opened.
+Tokens are written once per text, tokenizer and settings.
+
+A cache folder has one folder per entry, named by a hash of its key. One process writes an entry
+under a temporary name while others wait, and renames it when it is complete. Every open verifies
+the checksums.
 """
 
 import hashlib
@@ -21,7 +23,7 @@ from jaxft.data.tokenize import TokenArrays
 from jaxft.errors import StorageError
 from jaxft.utils.files import atomic_write, json_sha256, write_failure
 
-VERSION = 4  # of the files; another version is another entry
+VERSION = 4  # of the file format; part of the key, so another version has separate entries
 ARRAYS: dict[str, DTypeLike] = {
   "ids": np.uint32,  # or uint16, if that holds every id
   "starts_N1": np.int64,
@@ -32,25 +34,27 @@ ARRAYS: dict[str, DTypeLike] = {
 
 
 class FileInfo(TypedDict):
+  """Type, size and checksum of a file of an entry."""
+
   dtype: str
   bytes: int
   sha256: str
 
 
 class Manifest(TypedDict):
-  """The manifest of an entry; one with other fields, of an older jaxft, is not read."""
+  """The manifest of an entry. Its field names are part of the cache key."""
 
   files: dict[str, FileInfo]
   labels: list[str]
-  numbers: list[int | None]  # of the labels, where the data gives names and numbers
+  numbers: list[int | None]  # of the labels, if the data has names and numbers
   read: int  # rows
   dropped: dict[str, int]  # reason -> rows
   duplicates: int
-  merged: int  # prompts whose end lies inside a token
+  merged: int  # prompts that end inside a token
   characters: int
   lost: int  # characters without a token
   notes: dict[str, int]
-  said: list[str]  # what was done where the settings leave it open
+  said: list[str]  # lines to log: choices that the settings left open
   tails: int  # documents whose end is held out
 
 
@@ -73,6 +77,7 @@ class TokenWriter:
   def add_examples(
     self, ids: list[np.ndarray], prompts: list[int], labels: list[int], nats: list[float]
   ) -> None:
+    """Append a batch of examples; the arguments are the fields of `TokenArrays`."""
     stops = self._end + np.cumsum([len(array) for array in ids], dtype=np.int64)
     self._end = int(stops[-1])
     columns = (np.concatenate(ids), stops, prompts, labels, nats)
@@ -80,7 +85,7 @@ class TokenWriter:
       self._append(array, values)
 
   def close(self) -> dict[str, FileInfo]:
-    """Sync the files; return what the manifest has of each."""
+    """Sync and close the files; return their entries for the manifest."""
     entries: dict[str, FileInfo] = {}
     for array, file in self._files.items():
       file.flush()
@@ -100,12 +105,13 @@ def load_or_build(
   build: Callable[[Path], Manifest],
   log: Callable[[str], None],
 ) -> tuple[Path, Manifest]:
-  """Return the entry of `key` and its manifest: a valid one on disk, else one that `build` writes.
+  """Return the entry of `key` and its manifest; build the entry if needed.
 
   Args:
-    folder: of all entries; created if need be.
+    folder: of all entries; created if it does not exist.
     key: everything that the tokens depend on.
     build: writes the files of an entry into a folder and returns its manifest.
+    log: called with a line if another process holds the lock, or if the entry is damaged.
 
   Raises:
     StorageError: the folder cannot be written.
@@ -116,22 +122,22 @@ def load_or_build(
   partial = folder / f"{name}.partial"
   lock = FileLock(folder / f"{name}.lock")
   try:
-    if entry.exists() and not os.access(folder, os.W_OK):  # made by others, read-only here
+    if entry.exists() and not os.access(folder, os.W_OK):  # shared and read-only
       if manifest := _read_manifest(entry, key_json)[0]:
         return entry, manifest
     folder.mkdir(parents=True, exist_ok=True)
     try:
-      lock.acquire(timeout=1)
+      lock.acquire(timeout=1)  # log only a wait that a user would notice
     except Timeout:
-      log(f"another process is tokenising the same text; waiting for it ({lock.lock_file})")
+      log(f"waiting for another process that tokenizes the same text ({lock.lock_file})")
       lock.acquire()
     if entry.exists():
       manifest, problem = _read_manifest(entry, key_json)
       if manifest:
         return entry, manifest
-      log(f"token cache {entry}: {problem}; tokenising again")
+      log(f"token cache {entry}: {problem}; tokenizing again")
       _remove(entry)
-    _remove(partial)  # of a process that was killed
+    _remove(partial)  # left by a process that was killed
     partial.mkdir()
     manifest = build(partial)
     content = {"made_from": json.loads(key_json), **manifest}
@@ -142,10 +148,11 @@ def load_or_build(
   except OSError as error:
     raise StorageError(
       f"token cache {folder}: {write_failure(folder, error)}; "
-      "--config.data.cache_dir names another folder"
+      "set --config.data.cache_dir to another folder"
     ) from error
   finally:
     if lock.is_locked:
+      # After an error only: a complete entry has its final name by now.
       shutil.rmtree(partial, ignore_errors=True)
       lock.release()
 
@@ -164,24 +171,26 @@ def open_arrays(entry: Path, name: str, manifest: Manifest) -> TokenArrays:
 
 
 def fingerprint(name: str, manifest: Manifest) -> str:
-  """Return a hash that differs between two sets of examples."""
+  """Return a hash of one set of examples."""
   checksums = [manifest["files"][f"{name}.{array}"]["sha256"] for array in ARRAYS]
   return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def _memmap(file: Path, about: FileInfo) -> np.ndarray:
   dtype = np.dtype(about["dtype"])
-  return np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)  # mmap needs a byte
+  return (
+    np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)
+  )  # mmap rejects empty files
 
 
 def _read_manifest(entry: Path, key_json: str) -> tuple[Manifest | None, str]:
-  """Return the manifest of an entry, or None and what is wrong with the entry."""
+  """Return the manifest of an entry, or None and the problem."""
   try:
     manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
     if manifest.pop("sha256") != json_sha256(manifest):
       return None, "manifest.json differs from its checksum"
     if manifest.pop("made_from") != json.loads(key_json):
-      return None, "its manifest is of another text"
+      return None, "its manifest belongs to another text"
     for name, about in manifest["files"].items():
       file = entry / name
       size = file.stat().st_size

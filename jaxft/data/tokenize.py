@@ -1,4 +1,7 @@
-"""Examples to token ids, and the arrays that hold them in memory or in a file."""
+"""Encode examples as token ids.
+
+`TokenArrays` holds them in memory or in memory-mapped files.
+"""
 
 import dataclasses
 import itertools
@@ -19,12 +22,12 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 Item = TypeVar("Item")
-# Of one call of the tokenizer: it spreads texts over the cores, and takes some 200 bytes per
+# Limits of one tokenizer call. A call spreads texts over the cores, and needs some 200 bytes per
 # character (tokenizers 0.23).
 MAX_BATCH_EXAMPLES = 1000
 MAX_BATCH_CHARS = 2**20
-# The letter of each byte in the vocabulary of GPT-2 and ByteLevel: itself if it is printable, else
-# one from 256 on.
+# The letter of each byte in the vocabulary of GPT-2 and ByteLevel: the byte itself if it is
+# printable, else a letter from 256 on.
 PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_TO_UNICODE = {byte: chr(byte) for byte in PRINTABLE_BYTES}
 BYTE_TO_UNICODE |= {
@@ -35,15 +38,17 @@ WORD_BOUNDARY = re.compile(r"(?<=\S) (?=\S)")
 
 @dataclasses.dataclass(frozen=True)
 class TokenArrays:
-  """Examples one after another, each followed by the end token (except for those with a label).
+  """N examples in a flat array of token ids.
+
+  An end token follows each example, except those with a label.
 
   Each begins with its document's bos token, if the tokenizer has one (see `document_bos_id`).
-  Arrays may be memory-mapped. N examples.
+  Arrays may be memory-mapped.
   """
 
   ids: np.ndarray  # uint16 or uint32, of all examples
   starts_N1: np.ndarray  # int64: example i is ids[starts[i] : starts[i + 1]]
-  prompts_N: np.ndarray  # int32: tokens at its beginning that are not learned
+  prompts_N: np.ndarray  # int32: tokens at the beginning that are not learned
   labels_N: np.ndarray  # int32 class of each, if the format has labels; else empty
   nats_N: np.ndarray  # float64 -log p of each, if the source gives it; else empty
 
@@ -52,16 +57,17 @@ class TokenArrays:
 
   @property
   def lengths_N(self) -> np.ndarray:
+    """Return the tokens of each example."""
     return np.diff(self.starts_N1)
 
 
 class EncodedBatch(NamedTuple):
-  """The examples of one call of the tokenizer."""
+  """The result of one tokenizer call."""
 
   ids: list[np.ndarray]
   prompts: list[int]
-  straddling: int  # examples with a token across the border of prompt and completion
-  unknown_chars: int  # characters without a token: dropped, or read as the unknown token
+  straddling: int  # examples with a token across the end of the prompt
+  unknown_chars: int  # characters without a token: dropped, or encoded as the unknown token
 
 
 def ids_dtype(tokenizer: "PreTrainedTokenizerBase") -> np.dtype:
@@ -70,9 +76,11 @@ def ids_dtype(tokenizer: "PreTrainedTokenizerBase") -> np.dtype:
 
 
 def token_byte_lengths(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray | None:
-  """Return (V,) bytes of text per token; None for a tokenizer that does not work on bytes.
+  """Return the bytes of text per token, (V,).
 
-  The end token and what the tokenizer itself puts around a text count 0.
+  None if the tokenizer is not byte-level.
+
+  The end token and the special tokens that the tokenizer adds around a text count 0.
   """
   backend = tokenizer.backend_tokenizer
   if not _is_byte_level(json.loads(backend.to_str())):
@@ -80,7 +88,7 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray | Non
   vocab = tokenizer.get_vocab()
   added = backend.get_added_tokens_decoder()
   lengths_V = np.zeros(max(vocab.values()) + 1, np.int64)
-  for token, i in vocab.items():  # one letter per byte, except for added tokens
+  for token, i in vocab.items():  # one letter per byte, except in added tokens
     lengths_V[i] = len(added[i].content.encode()) if i in added else len(token)
   before, after = special_ids_around(tokenizer)
   bos_id = document_bos_id(tokenizer, before)
@@ -89,7 +97,7 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray | Non
 
 
 def _is_byte_level(spec: Json) -> bool:
-  """Return whether a tokenizer.json has one letter per byte of text."""
+  """Return whether a tokenizer.json encodes each byte of text as one letter."""
   return (spec["decoder"] or {}).get("type") == "ByteLevel"
 
 
@@ -98,7 +106,10 @@ def target_bytes(
   tokenizer: "PreTrainedTokenizerBase",
   limit: int = 0,
 ) -> int:
-  """Return the bytes of text of the targets in the first `limit` rows (0: all); 0 if unknown."""
+  """Return the bytes of text of all targets in the first `limit` rows.
+
+  With limit 0, all rows count. The result is 0 if the bytes are unknown.
+  """
   lengths_V = token_byte_lengths(tokenizer)
   if lengths_V is None:
     return 0
@@ -107,7 +118,10 @@ def target_bytes(
 
 
 def special_ids_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-  """Return the ids that a tokenizer itself puts before and after a text, as BERT's [CLS], [SEP]."""
+  """Return the ids that a tokenizer adds before and after a text.
+
+  BERT's tokenizer adds [CLS] and [SEP].
+  """
   backend = tokenizer.backend_tokenizer
   texts = itertools.islice(_probe_texts(tokenizer), 9)
   text = next((text for text in texts if _encode_plain(backend, text)), "a")
@@ -121,31 +135,35 @@ def special_ids_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int],
 
 def _probe_texts(tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
   yield from ("a", "1")
-  # Only now: it takes a tenth of a second with a large vocabulary.
+  # Done last, because it takes a tenth of a second with a large vocabulary.
   added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
   yield from (token for token, id in tokenizer.get_vocab().items() if id not in added)
 
 
 def document_bos_id(tokenizer: "PreTrainedTokenizerBase", before: list[int]) -> int | None:
-  """Return the token that begins each document: bos, if it is not the end token too.
+  """Return the token that begins each document.
 
-  None if documents have no such token: their texts are learned from the end token of the document
-  before. None too if the tokenizer itself puts another token than bos before a text: its texts
-  begin with that one.
+  This is bos, unless bos is also the end token.
 
   Args:
-    before: what the tokenizer itself puts before a text, of `special_ids_around`.
+    tokenizer: the model's tokenizer.
+    before: ids that the tokenizer itself adds before a text, from `special_ids_around`.
+
+  Returns:
+    The bos token. None if bos is also the end token: the first token of a text is then predicted
+    from the end token of the previous document. None also if the tokenizer itself adds another
+    token before a text: its texts begin with that token.
   """
   bos_id = tokenizer.bos_token_id
   return bos_id if bos_id != tokenizer.eos_token_id and before[:1] in ([], [bos_id]) else None
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-  """Return the ids of a text to be continued, as transformers' `tokenizer(text)` does.
+  """Return the ids of a prompt, equal to those of transformers' `tokenizer(text)`.
 
-  GPT-2's tokenizer puts no bos token before a text. So none is added here, for the same prompt to
-  have the same continuation in transformers; a prompt that shall begin a document begins with that
-  token's text. An empty text does begin a document.
+  GPT-2's tokenizer adds no bos token before a text. So this function does not add one either, and
+  the same prompt has the same continuation in transformers. To begin a document, begin the prompt
+  with the text of the bos token. An empty prompt always begins a document.
   """
   before = special_ids_around(tokenizer)[0]
   if ids := before + _encode_plain(tokenizer.backend_tokenizer, text):
@@ -155,7 +173,10 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-  """Return the ids of a whole text, to classify: an empty one is the end token."""
+  """Return the ids of a whole text, for classification.
+
+  An empty text is the end token.
+  """
   before, after = special_ids_around(tokenizer)
   ids = before + _encode_plain(tokenizer.backend_tokenizer, text) + after
   return ids or [tokenizer.eos_token_id]
@@ -166,7 +187,10 @@ def _encode_plain(backend: "Tokenizer", text: str) -> list[int]:
 
 
 class TokenizerInfo:
-  """Properties of a tokenizer that are looked up once: it takes 0.1 s for a large one."""
+  """Properties of a tokenizer that take long to look up.
+
+  One look-up takes 0.1 s for a large vocabulary.
+  """
 
   def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
     self.backend = tokenizer.backend_tokenizer
@@ -179,7 +203,7 @@ class TokenizerInfo:
     vocab = tokenizer.get_vocab()
     missing = [byte for byte, letter in BYTE_TO_UNICODE.items() if letter not in vocab]
     byte_level = _is_byte_level(spec)
-    # A normalizer changes a text's bytes before they are looked up.
+    # A normalizer may change the bytes of a text, so the set of missing bytes would not apply.
     self._missing_bytes = missing if byte_level and spec["normalizer"] is None else None
     self._added = [added["content"] for added in spec["added_tokens"]]
     byte_tokens = (f"<0x{byte:02X}>" for byte in range(256))
@@ -189,7 +213,7 @@ class TokenizerInfo:
     self._unk_id = vocab.get(unk, -1) if unk is not None else model.get("unk_id", -1)
 
   def count_unknown(self, text: str, encoding: "Encoding") -> int:
-    """Count characters without a token: dropped, or read as the unknown one. Not blanks."""
+    """Count non-blank characters that were dropped or encoded as the unknown token."""
     if self._missing_bytes is not None:
       for token in self._added:
         text = text.replace(token, "")
@@ -197,19 +221,19 @@ class TokenizerInfo:
       char = np.cumsum((code & 0xC0) != 0x80)  # the character that each byte belongs to
       return len(np.unique(char[np.isin(code, self._missing_bytes)]))
     unknown = np.ones(len(text), bool)
-    # A character's last token decides: the first may be the blank before it.
+    # The last token of a character decides, because the first may be the blank before it.
     for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
       unknown[start:stop] = id == self._unk_id
     return sum(not text[i].isspace() for i in np.flatnonzero(unknown))
 
 
 def encode_examples(examples: list[Example], info: TokenizerInfo, dtype: np.dtype) -> EncodedBatch:
-  """Encode the examples, on all cores.
+  """Encode the examples on all cores, without truncation.
 
-  Nothing is added but the special ids around a document (see `_special_ids`), nothing truncated.
+  Only the special ids around a document are added (see `_special_ids`).
 
-  Where a prompt ends is found by the offsets of tokens in the text, never by searching for ids: a
-  token that holds the end of the prompt and the beginning of the completion is learned.
+  The end of a prompt is found from the offsets of tokens in the text, never by searching for ids. A
+  token that holds both the end of the prompt and the beginning of the completion is learned.
   """
   backend = info.backend
   prompts = [0] * len(examples)
@@ -226,7 +250,7 @@ def encode_examples(examples: list[Example], info: TokenizerInfo, dtype: np.dtyp
   else:
     split = lambda example: _split_long_text(example.text, info)
     chunks = ((i, chunk) for i, example in enumerate(examples) for chunk in split(example))
-    # The fast one returns no offsets, which `count_unknown` reads.
+    # `count_unknown` needs offsets, which encode_batch_fast does not return.
     encode_batch = backend.encode_batch_fast if info.is_lossless else backend.encode_batch
     for group in _batched(chunks, lambda chunk: len(chunk[1])):
       encodings = encode_batch([chunk for _, chunk in group], add_special_tokens=False)
@@ -239,7 +263,7 @@ def encode_examples(examples: list[Example], info: TokenizerInfo, dtype: np.dtyp
     before, after = _special_ids(example, info, text_ids)
     prompts[i] += len(before) if prompts[i] else 0
     if info.bos_id is not None and example.label is None:
-      prompts[i] = max(1, prompts[i])  # the bos token of a document is given, never learned
+      prompts[i] = max(1, prompts[i])  # the bos token of a document is an input only
     all_ids.append(np.concatenate([np.array(before, dtype), text_ids, np.array(after, dtype)]))
   return EncodedBatch(
     ids=all_ids, prompts=prompts, straddling=straddling, unknown_chars=unknown_chars
@@ -251,11 +275,11 @@ def _special_ids(
 ) -> tuple[list[int], list[int]]:
   """Return the special ids before and after the tokens of an example's text.
 
-  A document is followed by the end token, which is learned. There is one before it too, of the
-  document before, so none is added there, and the first token of a text is learned from that one.
-  If bos is another token than the end token, the document begins with it (`bos text eos`): the
-  first token of the text, or of the prompt, then follows bos, and bos itself is never a target. A
-  text that begins with bos already, or a tokenizer that adds it by itself, does not get it twice.
+  A document ends with the end token, which is learned. The first token of a text is predicted from
+  the end token of the previous document, so no second one is added there. If bos differs from the
+  end token, the document begins with bos (`bos text eos`). The first token of the text, or of the
+  prompt, then follows bos, and bos itself is never a target. If the text already begins with bos,
+  or if the tokenizer adds bos itself, it is not added again.
   """
   if example.label is not None:
     return info.before, info.after
@@ -266,10 +290,12 @@ def _special_ids(
 
 
 def _split_long_text(text: str, info: TokenizerInfo) -> list[str]:
-  """Split a long text into chunks with the same tokens, so that it takes all cores, little memory.
+  """Split a long text into chunks that encode to the same tokens.
 
-  GPT-2's way to split a text into words, which is ByteLevel's in the tokenizers library, never
-  joins what precedes a single blank with what follows it. Other tokenizers get the text whole.
+  The chunks use all cores and little memory.
+
+  GPT-2's pre-tokenizer, which is ByteLevel in the tokenizers library, never merges text across a
+  single blank between words. So a cut there changes no token. Other tokenizers get the whole text.
   """
   if len(text) <= MAX_BATCH_CHARS or not info.splits_at_spaces:
     return [text]
@@ -293,7 +319,16 @@ def _splits_at_spaces(spec: Json) -> bool:
 def encode_in_memory(
   examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str] = ()
 ) -> TokenArrays:
-  """Encode examples without a file; raises RequestError for a label that is not in `labels`."""
+  """Encode examples in memory, without the token cache.
+
+  Args:
+    examples: the examples to encode.
+    tokenizer: the model's tokenizer.
+    labels: the classes of the model; the label of an example becomes an index into them.
+
+  Raises:
+    RequestError: a label matches none of `labels`.
+  """
   dtype = ids_dtype(tokenizer)
   ids, prompts, example_labels = [], [], []
   for batch, encoded in encode_batches(examples, tokenizer, dtype):
@@ -314,7 +349,10 @@ def encode_in_memory(
 def encode_batches(
   examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", dtype: np.dtype
 ) -> Iterator[tuple[list[Example], EncodedBatch]]:
-  """Yield the examples in batches, encoded; the next batch is read meanwhile."""
+  """Yield the examples in encoded batches.
+
+  Another thread encodes the next batch meanwhile.
+  """
   info = TokenizerInfo(tokenizer)
   pending = None
   with ThreadPoolExecutor(1) as worker:  # the tokenizer releases the GIL
@@ -328,7 +366,10 @@ def encode_batches(
 
 
 def _batched(items: Iterable[Item], num_chars: Callable[[Item], int]) -> Iterator[list[Item]]:
-  """Yield the items in batches for the tokenizer: some for every core, but little text at once."""
+  """Yield the items in batches for the tokenizer.
+
+  A batch has enough items for every core, but a limited amount of text.
+  """
   batch = []
   size = 0
   for item in items:

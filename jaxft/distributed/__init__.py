@@ -1,1 +1,1 @@
-"""Runs of several processes: how they meet, agree, and notice that one is gone."""
+"""Distributed runs: rendezvous, checks for equality, detection of lost processes."""

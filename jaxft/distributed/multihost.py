@@ -1,4 +1,4 @@
-"""Several processes as one run: they meet (rendezvous), watch each other (watchdog) and agree."""
+"""Run several processes as one: rendezvous, watchdog, and checks that all agree."""
 
 import functools
 import hashlib
@@ -26,25 +26,34 @@ from jaxft.utils.console import console, log
 from jaxft.utils.files import atomic_write
 
 START_TIMEOUT, PEER_TIMEOUT = 300, 60  # seconds
-_call_counter = itertools.count()  # the same in all processes
+# All processes make the same calls in the same order, so the counter agrees between them.
+_call_counter = itertools.count()
 
 
 @contextmanager
 def distributed_context(
   info: ProcessInfo | None, start_timeout: int = START_TIMEOUT, peer_timeout: int = PEER_TIMEOUT
 ) -> Generator[None]:
-  """Joins the distributed run; only process 0 logs.
+  """Join the distributed run; only process 0 logs.
 
-  An error inside it ends the process at once, with the error's exit code, because JAX's own
-  shutdown would wait for the others. Raises RequestError or PeerLostError when not all processes
-  come within `start_timeout` seconds.
+  An error inside the context ends the process immediately, with the error's exit code, because
+  JAX's own shutdown would wait for the others.
+
+  Args:
+    info: this process and the size of the run; None for a run of one process.
+    start_timeout: seconds to wait for the other processes.
+    peer_timeout: seconds of silence after which another process counts as lost.
+
+  Raises:
+    RequestError: if the processes have different flags.
+    PeerLostError: if a process does not connect within `start_timeout` seconds.
   """
   if info is None:
     yield
     return
   console.quiet = info.process_id != 0
   waiting = f"waiting for {info.num_processes} processes at {info.coordinator}"
-  log(f"{waiting}; to run alone: --num_processes=1")
+  log(f"{waiting}; to run a single process, pass --num_processes=1")
   peers = rendezvous.connect_peers(info, start_timeout)
   watchdog = Watchdog(info, peers, peer_timeout)
   install_abort_handler(peers[0] if info.process_id else None)
@@ -53,15 +62,16 @@ def distributed_context(
     info.num_processes,
     info.process_id,
     initialization_timeout=start_timeout,
-    heartbeat_timeout_seconds=10 * peer_timeout,  # the watchdog is to be first, with a name
+    # Longer than the watchdog's timeout: the watchdog names the lost process, JAX does not.
+    heartbeat_timeout_seconds=10 * peer_timeout,
     cluster_detection_method="deactivate" if is_only_local_process() else None,
   )
   try:
     yield
   except BaseException as error:
     if not isinstance(error, JaxftError | Preempted | KeyboardInterrupt | SystemExit):
-      # A collective whose peer is gone fails here before the watchdog knows why; after a bug we
-      # wait too.
+      # If a peer dies, a collective may fail here before the watchdog knows the cause. Wait for the
+      # watchdog, which reports the lost process. After any other error a short wait is enough.
       time.sleep(peer_timeout + 5 if isinstance(error, jax.errors.JaxRuntimeError) else 5)
     code = print_error(error)
     why = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -69,15 +79,15 @@ def distributed_context(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-  # Process 0 may still be exporting, and is watched until it is done.
+  # Process 0 may still be exporting; the others watch it until it is done.
   assert_all_equal("the end", {})
   watchdog.announce_exit(0, "")
 
 
 def is_only_local_process() -> bool:
-  """Returns whether SLURM or Open MPI has started one process on this node.
+  """Return whether SLURM or Open MPI has started one process on this node.
 
-  It shall have all devices; JAX would give it the first.
+  Such a process gets all devices of the node; JAX would give it only the first.
   """
   tasks = (
     os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0],
@@ -88,7 +98,7 @@ def is_only_local_process() -> bool:
 
 @functools.cache
 def package_versions() -> Mapping[str, str]:
-  """Returns the versions of the packages that compute, and of jaxft's own files."""
+  """Return package versions, and a hash of jaxft's source files."""
   files = sorted(Path(jaxft.__file__).parent.rglob("*.py"))
   digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
   versions = {"jaxft": f"{jaxft.__version__} ({digest})", "python": platform.python_version()}
@@ -100,17 +110,27 @@ def package_versions() -> Mapping[str, str]:
 
 
 def assert_all_equal(topic: str, facts: Mapping[str, object]) -> None:
-  """Raises RequestError in every process, with a line for each fact that differs between them."""
-  # JAX and Orbax synchronise through this key-value store; it has no public name.
+  """Check that all processes have the same facts.
+
+  Process 0 compares the facts of all processes and publishes the result.
+
+  Args:
+    topic: names the check in the key-value store.
+    facts: values by name; anything that JSON cannot hold is compared as text.
+
+  Raises:
+    RequestError: in every process, with one line for each fact that differs.
+  """
+  # JAX and Orbax synchronize through the same key-value store; JAX has no public name for it.
   state = jax_private.distributed_state()
   store = state.client
   process_id = state.process_id
   num_processes = state.num_processes
   if store is None or num_processes == 1:
     return
-  # Keys can be set once, and a program may train twice.
+  # A key can be set only once, and one program may train twice: number the calls.
   prefix = f"jaxft/{topic}/{next(_call_counter)}"
-  # Others may be tokenising or exporting; one that is lost is the watchdog's to find.
+  # A day: other processes may be tokenizing or exporting. The watchdog detects lost ones.
   timeout_ms = 24 * 3_600_000
   store.key_value_set(f"{prefix}/{process_id}", json.dumps(facts, default=str))
   if process_id == 0:
@@ -121,7 +141,7 @@ def assert_all_equal(topic: str, facts: Mapping[str, object]) -> None:
       for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
           values = f"{theirs.get(name)!r} on process {other}: {ours.get(name)!r} on process 0"
-          lines.append(f"{name}={values}; all must be the same")
+          lines.append(f"{name}={values}; all processes must have the same value")
     store.key_value_set(f"{prefix}/verdict", "\n".join(lines) or "-")
   verdict = store.blocking_key_value_get(f"{prefix}/verdict", timeout_ms)
   if verdict != "-":
@@ -129,11 +149,17 @@ def assert_all_equal(topic: str, facts: Mapping[str, object]) -> None:
 
 
 def check_shared_folder(folder: Path) -> None:
-  """Raises RequestError in all processes if they do not share this folder, on one disk."""
+  """Check that all processes see this folder on a shared disk.
+
+  Process 0 writes a small file; the others must find it within 30 s.
+
+  Raises:
+    RequestError: in all processes, if one of them does not find the file.
+  """
   if jax.process_count() == 1:
     return
   store = jax_private.distributed_state().client
-  assert store is not None  # there are several processes
+  assert store is not None  # with several processes JAX always has a client
   mark = folder / "run.hosts"
   key = f"jaxft/mark/{next(_call_counter)}"
   if jax.process_index() == 0:
@@ -141,10 +167,10 @@ def check_shared_folder(folder: Path) -> None:
     atomic_write(mark, text)
     store.key_value_set(key, text)
   text = store.blocking_key_value_get(key, 600_000)
-  deadline = time.monotonic() + 30  # network disks show a new file late
+  deadline = time.monotonic() + 30  # a network disk may show a new file late
   while not (seen := mark.is_file() and mark.read_text() == text) and time.monotonic() < deadline:
     time.sleep(0.5)
-  fact = f"--workdir={str(folder)!r}, on one disk that all processes share"
+  fact = f"--workdir={str(folder)!r} (must be on a shared disk): visible"
   assert_all_equal("workdir", {fact: bool(seen)})
   if jax.process_index() == 0:
     mark.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Rendezvous: process 0 waits for all others on the coordinator's port, before JAX takes it over.
+"""Rendezvous: process 0 waits for all others, before JAX starts.
 
-Own sockets, so that an error names the process that is missing or was started with other flags; the
-watchdog goes on with these connections.
+It uses the coordinator's port before JAX does. JAX's own rendezvous would not name a process that
+is missing or has different flags. The watchdog then reuses these connections.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ REQUIRED_FLAGS = "several processes need --coordinator, --num_processes, --proce
 
 
 class ProcessInfo(NamedTuple):
-  """This process among those of a run."""
+  """The identity of this process in a distributed run."""
 
   coordinator: str  # HOST:PORT of process 0
   num_processes: int
@@ -30,28 +30,39 @@ class ProcessInfo(NamedTuple):
 def detect_processes(
   coordinator: str | None, processes: int | None, process: int | None, timeout: int
 ) -> ProcessInfo | None:
-  """Returns the flags or, without them, what SLURM, Open MPI, Kubernetes or a TPU's metadata give.
+  """Return the process info from the flags, or from the cluster's environment.
 
-  None for a single process. Raises RequestError when only some of it is known.
+  SLURM, Open MPI, Kubernetes and TPU metadata are detected.
+
+  Args:
+    coordinator: --coordinator, HOST:PORT of process 0.
+    processes: --num_processes.
+    process: --process_id.
+    timeout: seconds to wait for a metadata server.
+
+  Returns:
+    None for a single process.
+
+  Raises:
+    RequestError: if only some of the values are known, or one is invalid.
   """
   if processes == 1:
     return None
   flags = coordinator, processes, process
   no_flags = flags == (None, None, None)
   try:
-    # JAX warns in a Kubernetes pod without the package of that name, but most pods are alone.
+    # In a Kubernetes pod JAX warns if its package is missing. Most pods do not need it.
     with warnings.catch_warnings(action="ignore"):
       coordinator, processes, process = jax_private.detect_cluster(*flags, timeout)
-  except Exception as error:  # no permission to list pods, a metadata server that is silent, ...
+  except Exception as error:  # no permission to list pods, no answer from a metadata server, ...
     why = first_line(error)
     if not no_flags:
-      raise RequestError(f"looking for the other processes: {why}; {REQUIRED_FLAGS}") from error
-    failure = f"the other processes, if there are any, were not found ({why})"
-    log(f"running alone: {failure}; {REQUIRED_FLAGS}")
+      raise RequestError(f"cannot find the other processes: {why}; {REQUIRED_FLAGS}") from error
+    log(f"running alone: found no other processes ({why}); {REQUIRED_FLAGS}")
     return None
   in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
   if in_pod and no_flags and not (coordinator or importlib.util.find_spec("kubernetes")):
-    advice = "to find the other pods of a job, if there are any, JAX needs pip install kubernetes"
+    advice = "to find the other pods of this job, JAX needs a package: pip install kubernetes"
     log(f"running alone: {advice}; {REQUIRED_FLAGS}")
   known = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
   if all(value is None for value in known.values()) or processes == 1:
@@ -69,9 +80,13 @@ def detect_processes(
 
 
 def connect_peers(info: ProcessInfo, timeout: int) -> dict[int, socket.socket]:
-  """Connects process 0 to all others, and each of them to process 0."""
+  """Connect process 0 to all others, and each of them to process 0.
+
+  Returns:
+    The connections by process id.
+  """
   host, _, port = info.coordinator.rpartition(":")
-  host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
+  host = host.removeprefix("[").removesuffix("]")  # brackets of an IPv6 address
   if info.process_id == 0:
     return _accept_peers(int(port), info, timeout)
   return {0: _connect(host, int(port), info, timeout)}
@@ -89,7 +104,7 @@ def _accept_peers(port: int, info: ProcessInfo, timeout: int) -> dict[int, socke
     problem = f"cannot listen on port {port} ({error.strerror})"
     raise RequestError(f"--coordinator={info.coordinator}: {problem}") from error
   peers: dict[int, socket.socket] = {}
-  sockets = []  # every connection gets an answer, those that are refused too
+  sockets = []  # all connections: every one gets an answer, also if it is refused
   verdict: dict[str, object] = {"go": True}
   with listener:
     while len(peers) < info.num_processes - 1 and "go" in verdict:
@@ -97,7 +112,7 @@ def _accept_peers(port: int, info: ProcessInfo, timeout: int) -> dict[int, socke
       try:
         peer, address = listener.accept()
         sockets.append(peer)
-        # A peer sends its line at once: whoever is silent must not hold up the others.
+        # A peer sends its line immediately. A silent connection must not delay the others.
         hello = json.loads(_read_line(peer, time.monotonic() + 5))
         other = int(hello["process"])
         processes = int(hello["processes"])
@@ -106,26 +121,27 @@ def _accept_peers(port: int, info: ProcessInfo, timeout: int) -> dict[int, socke
           break
         continue
       except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
-        continue  # something else that tries ports
+        continue  # not a peer: a port scanner, for example
       if processes != info.num_processes:
         ours = f"{info.num_processes} on process 0"
         verdict = {"refused": f"--num_processes={processes} on process {other}, and {ours}"}
-      # An id may come twice if its first process has ended and was started again.
+      # A second connection with the same id is fine if the first process ended and was restarted.
       elif not 0 < other < processes or other in peers and not is_closed(peers[other]):
-        twice = f"--process_id={other}: another process has it too (at {address[0]})"
+        twice = f"--process_id={other}: another process has the same id (at {address[0]})"
         verdict = {"refused": twice}
       peers[other] = peer
   missing = [str(i) for i in range(1, info.num_processes) if i not in peers]
   if missing and "go" in verdict:
-    verdict = {"lost": f"process {', '.join(missing)} did not come within {timeout} s"}
-  # All of them learn of a failure, so that none waits for its own timeout.
+    verdict = {"lost": f"process {', '.join(missing)} did not connect within {timeout} s"}
+  # Report a failure to all, so that none waits for its own timeout.
   for peer in sockets:
     send_message(peer, verdict)
   if "refused" in verdict:
     raise RequestError(verdict["refused"])
   if "lost" in verdict:
-    present = f"{len(peers) + 1} of {info.num_processes} are there"
-    raise PeerLostError(f"{verdict['lost']}; {present}; to run this one alone: --num_processes=1")
+    present = f"{len(peers) + 1} of {info.num_processes} are connected"
+    advice = "to run a single process, pass --num_processes=1"
+    raise PeerLostError(f"{verdict['lost']}; {present}; {advice}")
   return peers
 
 
@@ -135,14 +151,14 @@ def _connect(host: str, port: int, info: ProcessInfo, timeout: int) -> socket.so
     try:
       peer = socket.create_connection((host, port), timeout=5)
       send_message(peer, {"process": info.process_id, "processes": info.num_processes})
-      # Process 0 answers when all have come, or at its own timeout.
+      # Process 0 answers when all are connected, or at its own timeout.
       verdict = json.loads(_read_line(peer, deadline + 5))
       if not isinstance(verdict, dict):
-        raise ValueError("something else listens there")
+        raise ValueError("another program listens on this port")
       break
     except (OSError, ValueError) as error:
       if time.monotonic() > deadline:
-        problem = f"did not answer within {timeout} s, or had all its processes before"
+        problem = f"did not answer within {timeout} s, or already has all its processes"
         raise PeerLostError(f"process 0 at {host}:{port} {problem} ({error})") from error
       time.sleep(0.3)  # process 0 may be started later
   if "refused" in verdict:
@@ -153,9 +169,9 @@ def _connect(host: str, port: int, info: ProcessInfo, timeout: int) -> socket.so
 
 
 def _read_line(peer: socket.socket, deadline: float) -> bytes:
-  """Reads one short line; raises OSError when it is late, or the other end closes.
+  """Read one short line; raise OSError if it is late, or the other end closes.
 
-  Byte by byte, because what follows the line is the watchdog's to read.
+  Read byte by byte: bytes after the line must stay in the socket, for the watchdog.
   """
   line = b""
   while not line.endswith(b"\n") and len(line) < 2000:
@@ -168,6 +184,7 @@ def _read_line(peer: socket.socket, deadline: float) -> bytes:
 
 
 def is_closed(peer: socket.socket) -> bool:
+  """Return whether the other end has closed the connection; reads no data."""
   peer.setblocking(False)
   try:
     return peer.recv(1, socket.MSG_PEEK) == b""
@@ -178,7 +195,8 @@ def is_closed(peer: socket.socket) -> bool:
 
 
 def send_message(peer: socket.socket, message: dict[str, object] | None) -> None:
+  """Send a message as a line of JSON; None sends an empty line, a heartbeat."""
   try:
     peer.sendall((json.dumps(message) if message else "").encode() + b"\n")
   except OSError:
-    pass  # whoever reads from this peer notices
+    pass  # the thread that reads from this peer detects the loss

@@ -1,8 +1,8 @@
-"""Detects lost processes: the rendezvous connections stay open, and a line a second goes both ways.
+"""Detection of lost processes, by heartbeats over the rendezvous connections.
 
-A process that dies closes its connection, one that is frozen falls silent; either way all others
-end with exit code 5. JAX's own coordination service would abort them, minutes later and without a
-name.
+Both ends send a line each second. A process that dies closes its connection; a frozen one stops
+sending. In both cases all others end with exit code 5. JAX's own coordination service would abort
+them minutes later, without naming the lost process.
 """
 
 import ctypes
@@ -20,12 +20,12 @@ from jaxft.distributed.rendezvous import ProcessInfo, is_closed, send_message
 from jaxft.errors import PeerLostError, Preempted, same_command
 from jaxft.utils.types import Json
 
-_abort_handlers: list[object] = []  # must live as long as the process
-GRACE_SECONDS = 15  # that others have to end by themselves after one has ended with an error
+_abort_handlers: list[object] = []  # keeps ctypes callbacks alive as long as the process
+GRACE_SECONDS = 15  # after a process ended with an error, the others have this long to end
 
 
 class Watchdog(threading.Thread):
-  """Exchanges a line a second; ends this process when another is lost or ended with an error."""
+  """Send heartbeats; end this process if another is lost or ended with an error."""
 
   def __init__(self, info: ProcessInfo, peers: dict[int, socket.socket], timeout: int):
     super().__init__(name="jaxft-watchdog", daemon=True)
@@ -37,27 +37,32 @@ class Watchdog(threading.Thread):
     self.start()
 
   def announce_exit(self, code: int, why: str) -> None:
-    """Announces that this process is about to end, so that the others do not take it for lost.
+    """Announce that this process is about to end, so that it does not count as lost.
 
-    Process 0 stays, for a while, until all others have ended: JAX's service is in it, and they may
-    end for the same reason.
+    After an error, process 0 waits for the others to end first. It hosts JAX's coordination
+    service, and the others may be ending for the same reason.
+
+    Args:
+      code: exit code of this process.
+      why: first line of its error, or "".
     """
     self._ending = True
     with self._lock:
       for peer in self._peers.values():
         send_message(peer, {"ended": self._info.process_id, "code": code, "why": why})
     if code and self._info.process_id == 0:
-      # The others give up first, with a reason: without JAX's service they would be aborted.
+      # Without JAX's service the others would abort, before they can print their error.
       self.join(GRACE_SECONDS + 5)
 
   def run(self) -> None:
+    """Exchange heartbeats until all others have ended; the thread's main loop."""
     last_heard = dict.fromkeys(self._peers, time.monotonic())
     selector = selectors.DefaultSelector()
     for process, peer in self._peers.items():
       peer.setblocking(False)
       selector.register(peer, selectors.EVENT_READ, process)
     unread = dict.fromkeys(self._peers, b"")  # the beginning of a line
-    doom: tuple[float, str] | None = None  # when to end, and why
+    doom: tuple[float, str] | None = None  # time at which to end this process, and the reason
     while last_heard or doom and not self._ending:
       for key, _ in selector.select(timeout=1):
         process = key.data
@@ -74,7 +79,7 @@ class Watchdog(threading.Thread):
           if "lost" in message:
             self._peer_lost(message["lost"])
           if message["code"]:
-            # All processes agree on a preemption, and some of them may take longer to end.
+            # On a preemption all processes end, and some of them may take longer.
             preempted = message["code"] == Preempted.exit_code
             grace = self._timeout if preempted else GRACE_SECONDS
             exit_code = f"exit code {message['code']}"
@@ -82,14 +87,14 @@ class Watchdog(threading.Thread):
             doom = doom or (time.monotonic() + grace, why)
           if self._info.process_id == 0 and message["code"]:
             self._broadcast(message)
-          if message["ended"] == process:  # a closed connection is no news from here on
+          if message["ended"] == process:  # it may close its connection from now on
             selector.unregister(key.fileobj)
             del last_heard[process]
       now = time.monotonic()
       for process, heard_at in last_heard.items():
         if now - heard_at > self._timeout:
-          silence = f"not heard of for {self._timeout} s"
-          self._peer_lost(f"process {process} is frozen or cut off: {silence}")
+          silence = f"no heartbeat for {self._timeout} s"
+          self._peer_lost(f"process {process} is frozen or disconnected: {silence}")
       if doom and now > doom[0]:
         self._peer_lost(doom[1])
       with self._lock:
@@ -103,7 +108,7 @@ class Watchdog(threading.Thread):
           send_message(peer, message)
 
   def _peer_lost(self, why: str) -> None:
-    if self._ending:  # with an exit code of its own
+    if self._ending:  # this process already has its exit code
       return
     if self._info.process_id == 0:
       self._broadcast({"lost": why})
@@ -111,10 +116,10 @@ class Watchdog(threading.Thread):
 
 
 def _exit_process(why: str) -> None:
-  """Ends the process here and now: the main thread may wait in a collective for ever."""
+  """End the process immediately: the main thread may wait in a collective forever."""
   resume = f"{same_command('--overwrite_output_dir' in sys.argv)} continues"
   print(
-    f"error: {why}; {resume} from the newest checkpoint. Where this process was:", file=sys.stderr
+    f"error: {why}; {resume} from the newest checkpoint. Stack of this process:", file=sys.stderr
   )
   faulthandler.dump_traceback()
   sys.stderr.flush()
@@ -122,27 +127,29 @@ def _exit_process(why: str) -> None:
 
 
 def install_abort_handler(coordinator: socket.socket | None) -> None:
-  """Prints why JAX aborts when process 0 is gone.
+  """Print the reason when JAX aborts because process 0 is gone.
 
-  JAX's client aborts at once (jax 0.10 to 0.12: LOG(FATAL)), which may come before the watchdog.
+  JAX's client aborts immediately (jax 0.10 to 0.12: LOG(FATAL)), possibly before the watchdog
+  detects the loss.
 
   Args:
-    coordinator: the connection to process 0; None in process 0. While it is open the abort has
-      another reason, and goes on.
+    coordinator: the connection to process 0; None in process 0. If it is still open, the abort has
+      another reason and continues.
   """
 
   def handler(_: int) -> None:
     if coordinator is None or not is_closed(coordinator):
       return
     resume = f"{same_command('--overwrite_output_dir' in sys.argv)} continues"
-    reason = "JAX has given up, most likely because process 0 is gone"
+    reason = "JAX aborted, most likely because process 0 is gone"
     print(f"error: {reason}; {resume}", file=sys.stderr)
     faulthandler.dump_traceback()
     os._exit(PeerLostError.exit_code)
 
   callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
   _abort_handlers.append(callback)
-  # Python's own handlers run too late: abort() does not return.
+  # Not `signal.signal`: Python runs its handlers after the C handler returns, but abort() ends the
+  # process there.
   ctypes.CDLL(None).signal(signal.SIGABRT, callback)
 
 

@@ -1,1 +1,1 @@
-"""Text from a model: sampling, beam search, the KV cache in use."""
+"""Generate text with a KV cache, by sampling or beam search."""

@@ -1,4 +1,4 @@
-"""Beam search as in transformers (5.x, `early_stopping=False`): the part that is not jitted."""
+"""Track beams as in transformers (5.x, `early_stopping=False`), outside jit."""
 
 from typing import NamedTuple
 
@@ -8,6 +8,8 @@ NEG_INF = -1e9  # the score of a beam that does not exist yet
 
 
 class Hypothesis(NamedTuple):
+  """A text of one beam, finished or running."""
+
   score: float  # sum of log-probabilities; once finished, divided by length ** length_penalty
   ids: list[int]
 
@@ -16,7 +18,7 @@ class Beams:
   """The beams of one prompt."""
 
   def __init__(self, num_beams: int, length_penalty: float, max_new: int):
-    # One beam at first: equal ones would all continue in the same way.
+    # One beam at first, because equal beams would all continue in the same way.
     self.running = [Hypothesis(NEG_INF if beam else 0.0, []) for beam in range(num_beams)]
     self.finished: list[Hypothesis] = []
     self.done = False
@@ -27,11 +29,16 @@ class Beams:
   def advance(
     self, scores: np.ndarray, beams: np.ndarray, tokens: np.ndarray, stop_ids: frozenset[int]
   ) -> list[int]:
-    """Take the 2 x num_beams best candidates, best first; returns the beam each new one extends.
+    """Advance all beams by one token.
 
     Args:
-      scores: sums of log-probabilities.
-      beams, tokens: what a candidate extends, and with which token; one of `stop_ids` finishes it.
+      scores: sums of log-probabilities of the 2 x num_beams best candidates, best first.
+      beams: the beam that each candidate extends.
+      tokens: the token that extends it.
+      stop_ids: tokens that finish a candidate.
+
+    Returns:
+      For each new beam, the old beam that it extends.
     """
     length = len(self.running[0].ids) + 1
     is_last = length == self._max_new
@@ -44,7 +51,9 @@ class Beams:
       if token not in stop_ids and not is_last:
         running.append(Hypothesis(score, ids))
         sources.append(beam)
-      elif rank < self._num_beams and not self.done:  # only the best candidates may finish
+      elif (
+        rank < self._num_beams and not self.done
+      ):  # only the num_beams best candidates may finish
         self.finished.append(Hypothesis(score / length**self._length_penalty, ids))
     best_first = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)
     self.finished = best_first[: self._num_beams]
@@ -52,12 +61,14 @@ class Beams:
       self.done = True
       return list(range(self._num_beams))
     self.running = running[: self._num_beams]
+    # With early_stopping=False, the search ends when the best running beam, at its present length,
+    # scores no better than the worst finished text.
     best = self.running[0].score / length**self._length_penalty
     is_full = len(self.finished) == self._num_beams
     self.done = self.done or is_full and best <= self.finished[-1].score
     return sources[: self._num_beams]
 
   def best(self, num: int, stop_ids: frozenset[int]) -> list[list[int]]:
-    """The ids of the best texts, without the stop token."""
+    """Return the ids of the `num` best texts, without their stop token."""
     best = [hypothesis.ids for hypothesis in self.finished[:num]]
     return [ids[:-1] if ids[-1] in stop_ids else ids for ids in best]

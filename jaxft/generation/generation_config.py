@@ -1,4 +1,4 @@
-"""Generation settings (generation_config.json), stop strings, and streaming of text."""
+"""Read generation_config.json, end texts at stop strings, and stream text."""
 
 import collections
 import json
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 FILE_NAME = "generation_config.json"
-REPLACEMENT_CHAR = "\ufffd"  # a tokenizer decodes the bytes of an incomplete character to it
+REPLACEMENT_CHAR = "\ufffd"  # an incomplete character decodes to it
 
-# Other settings of a generation_config.json that would change a text.
+# Unsupported settings of a generation_config.json that would change the text.
 UNSUPPORTED = (
   "early_stopping bad_words_ids suppress_tokens begin_suppress_tokens stop_strings "
   "forced_bos_token_id forced_eos_token_id sequence_bias typical_p epsilon_cutoff eta_cutoff "
@@ -32,15 +32,17 @@ UNSUPPORTED = (
 
 
 class GenerationConfig(NamedTuple):
+  """The settings in effect, and where they come from."""
+
   sampling: Sampling
   stop_ids: frozenset[int]  # tokens that end a text
   ignored: tuple[str, ...]  # settings of the file that are not supported
   warnings: tuple[str, ...]  # one line for each setting that another one overrides
   file: Path
-  from_file: Json  # fields of `sampling` that are the file's
+  from_file: Json  # fields of `sampling` that the file sets
 
   def with_context(self, error: RequestError) -> RequestError:
-    """Name the settings of the file that the error is about."""
+    """Return the error with the file's settings that it mentions."""
     settings = ", ".join(
       f"{name}={value}" for name, value in self.from_file.items() if f"--{name}=" in str(error)
     )
@@ -48,15 +50,20 @@ class GenerationConfig(NamedTuple):
 
 
 def load(folder: Path, given: Settings) -> GenerationConfig:
-  """Merge the given settings, the folder's generation_config.json and the defaults of `Sampling`.
+  """Merge given settings, the model's generation_config.json, and defaults.
 
-  The former override the latter. `do_sample: false` in the file, or beams without `do_sample`, is
-  temperature 0, unless a temperature is given; without either a text is drawn. Where max_length and
-  max_new_tokens are both given, or both in the file, the latter counts, as in transformers; so with
-  min_length and min_new_tokens. Raises RequestError for an unreadable file or an invalid value.
+  Given settings override the file, which overrides the defaults of `Sampling`. `do_sample: false`
+  in the file, or beams without `do_sample`, means temperature 0, unless a temperature is given.
+  Without either, tokens are sampled. If max_length and max_new_tokens are both given, or both in
+  the file, max_new_tokens wins, as in transformers. The same holds for min_length and
+  min_new_tokens.
 
   Args:
+    folder: the model's folder, with or without a generation_config.json.
     given: fields of `Sampling`, and `do_sample`.
+
+  Raises:
+    RequestError: the file is unreadable, or a value is invalid.
   """
   given, warnings = resolve_sampling(given)
   do_sample = given.pop("do_sample", None)
@@ -102,12 +109,12 @@ def _read_json(file: Path) -> Json:
     if not isinstance(settings, dict):
       raise ValueError("not an object")
   except (OSError, ValueError, RecursionError) as error:
-    raise RequestError(f"{file}: not JSON that can be read ({first_line(error)})") from error
+    raise RequestError(f"{file}: cannot be read as JSON ({first_line(error)})") from error
   return settings
 
 
 def _drop_overridden(from_file: Json, given: Settings, file: Path) -> list[str]:
-  """Drop length limits of the file that another limit overrides; returns a warning for each."""
+  """Drop the file's length limits that another limit overrides; return warnings."""
   warnings = []
   for total, new in LENGTH_LIMITS:
     if new in given:
@@ -118,16 +125,19 @@ def _drop_overridden(from_file: Json, given: Settings, file: Path) -> list[str]:
       why = f"--{total}={given[total]} is given"
     elif new in from_file and total not in given:
       dropped = total
-      why = f"{new}={from_file[new]} is there too"
+      why = f"the file sets {new}={from_file[new]} too"
     else:
       continue
     if value := from_file.pop(dropped, 0):
-      warnings.append(f"{file}: {dropped}={value}: of no account, as {why}")
+      warnings.append(f"{file}: {dropped}={value}: ignored, because {why}")
   return warnings
 
 
 class TextStreamer:
-  """Token callback of `Generator`: streams each text as it grows, and ends it at stop strings."""
+  """Stream texts and end them at stop strings.
+
+  This is a token callback for `Generator`.
+  """
 
   def __init__(
     self,
@@ -136,7 +146,7 @@ class TextStreamer:
     on_text: Callable[[int, str], None] | None,
   ):
     if not all(stop_strings):
-      raise RequestError("--stop_strings: must be texts, and not empty")
+      raise RequestError("--stop_strings: must not be empty strings")
     self._tokenizer = tokenizer
     self._stop_strings = stop_strings
     self._on_text = on_text
@@ -144,20 +154,24 @@ class TextStreamer:
     self._longest = max((len(stop.encode()) for stop in stop_strings), default=0)
 
   def __call__(self, index: int, ids: list[int]) -> bool:
+    """Stream one text after each new token.
+
+    Text is sent once its last character is complete. Returns whether a stop string ends it.
+    """
     if self._on_text and not (text := self._decode(ids)).endswith(REPLACEMENT_CHAR):
       self.flush(index, text)
     if not self._stop_strings:
       return False
-    tail = self._decode(ids[-self._longest - 1 :])  # a token is at least a byte
+    tail = self._decode(ids[-self._longest - 1 :])  # each token has at least a byte
     return any(stop in tail for stop in self._stop_strings)
 
   def _decode(self, ids: list[int]) -> str:
     text = self._tokenizer.decode(ids)
-    assert isinstance(text, str)  # of one text; a list of several is decoded to a list
+    assert isinstance(text, str)  # a list only if `ids` were a list of lists
     return text
 
   def flush(self, index: int, text: str) -> None:
-    """Send what of the text has not been sent."""
+    """Send the rest of the text, after the part that was already sent."""
     if self._on_text and len(text) > self._num_sent[index]:
       self._on_text(index, text[self._num_sent[index] :])
       self._num_sent[index] = len(text)

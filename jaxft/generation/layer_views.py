@@ -1,8 +1,8 @@
-"""Views of each layer's weights, without a copy, in the memory of the stacked weights.
+"""Make zero-copy views of each layer's weights in the stacked arrays.
 
 XLA's CPU compiler copies the weights of a layer out of the stack before it multiplies with them
-(jax 0.10 to 0.12). With a batch the products hide the copy; when one token is read at a time,
-memory bandwidth is what takes time, and the copy takes twice as much again.
+(jax 0.10 to 0.12). For a batch, the matrix products hide the copy. When one token is decoded at a
+time, memory bandwidth is the bottleneck, and the copy adds twice the traffic of the product itself.
 """
 
 import operator
@@ -14,9 +14,16 @@ from jaxft.utils.types import Params
 
 
 def unstack_layers(blocks: Params, L: int) -> list[Params] | None:
-  """Make zero-copy views of each layer, or None if weights are not float32 on a single CPU device.
+  """Return zero-copy views of each layer's weights.
 
-  The views hold references to the stacked arrays, which cannot be donated while one exists.
+  The views hold references to the stacked arrays, so these cannot be donated while a view exists.
+
+  Args:
+    blocks: weights of all layers, stacked along the first axis.
+    L: layers.
+
+  Returns:
+    The weights of each layer; None if they are not float32 on a single CPU device.
   """
   leaves = jax.tree.leaves(blocks)
   if not all(map(_is_viewable, leaves)):

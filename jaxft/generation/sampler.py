@@ -1,9 +1,10 @@
-"""Text from a model with a KV cache: one program reads the prompts, one adds a token to each.
+"""Generate text with a KV cache.
 
-Top-k, top-p and penalties are in `logits_processors.py`, beams in `beam_search.py`.
+One compiled program prefills the cache from the prompts; another adds a token to each text. Top-k,
+top-p and penalties are in `logits_processors.py`, beams in `beam_search.py`.
 
-B rows, J prompts, W beams and K candidates of a prompt, E stop tokens, T columns read at once,
-S columns of the cache, P positions, V vocabulary
+Shapes: B rows, J prompts, W beams and K candidates of a prompt, E stop tokens, T columns of an
+input, S columns of the cache, P positions, V vocabulary.
 """
 
 import functools
@@ -27,7 +28,7 @@ from jaxft.utils.types import Params
 
 TokenCallback = Callable[[int, list[int]], bool]
 DecodeFn = Callable[..., tuple[jax.Array, KVCache]]  # (cache, ids, segments, positions)
-PAD_MULTIPLE = 64  # columns: prompts and caches are padded, for few shapes and few compilations
+PAD_MULTIPLE = 64  # columns; padding to a multiple keeps the number of shapes and compilations low
 
 
 class MinLength(NamedTuple):
@@ -38,7 +39,7 @@ class MinLength(NamedTuple):
 
 
 class Generator:
-  """Completes prompts with the decoder of `graphdef`; its compiled programs serve all calls."""
+  """Complete prompts with a decoder. Compiled programs are reused by all calls."""
 
   def __init__(self, graphdef: nnx.GraphDef[Decoder], cfg: ModelConfig, eos_token_id: int):
     self._cfg = cfg
@@ -49,8 +50,8 @@ class Generator:
       h_BTD, cache = decoder(
         ids_BT, cache, segments_BT=segments_BT, positions_BT=positions_BT, layers=layers
       )
-      assert cache is not None  # as one went in
-      # Replicated: each process reads the logits, and each draws the same tokens.
+      assert cache is not None  # because the input has one
+      # Replicated, because each process reads the logits and samples the same tokens.
       logits_BV = constrain(decoder.logits(h_BTD[:, -1]), (None, None), decoder.compute.mesh)
       return logits_BV, cache
 
@@ -72,19 +73,29 @@ class Generator:
     stop_ids: frozenset[int] = frozenset(),
     on_token: TokenCallback = lambda index, ids: False,
   ) -> list[list[int]]:
-    """Complete each prompt `num_return_sequences` times; returns new tokens without the stop token.
+    """Complete each prompt `num_return_sequences` times.
 
-    Text s of prompt i draws with keys from (seed, i, s, position), so neither the others nor their
-    padding change it. Raises RequestError for a prompt that fills the model's positions.
+    The random keys of text s of prompt i depend only on (seed, i, s, position). So other prompts
+    and padding do not change a text.
 
     Args:
-      stop_ids: tokens that end a text, beside the end token.
-      on_token: called after each token with the index of the text and its new tokens; true ends the
-        text with it. Not called in beam search.
+      params: weights of the decoder.
+      prompts: token ids of each prompt; an empty one begins with the end token.
+      sampling: temperature, limits, beams and other settings.
+      stop_ids: tokens that end a text, in addition to the end token.
+      on_token: called after each token with the index of the text and its new tokens; if it returns
+        true, the text ends. Not called in beam search.
+
+    Returns:
+      The new tokens of each text without the stop token, all texts of the first prompt first.
+
+    Raises:
+      RequestError: a prompt fills the model's positions, or a setting is invalid.
     """
     sampling.validate()
     if not prompts:
       return []
+    # One row for each beam or returned text; the rows of a prompt are adjacent.
     repeats = max(sampling.num_beams, sampling.num_return_sequences)
     rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(repeats)]
     buffer = SequenceBuffer.from_prompts(rows, sampling, self._cfg.P, repeats)
@@ -93,7 +104,7 @@ class Generator:
       params, *buffer.prompts(), S=buffer.ids_BS.shape[1], unstack=layers is not None
     )
     if layers is not None:
-      # Decoding needs no stack then; one layer shows the structure of a block.
+      # Decoding reads the views, not the stack. One layer still gives the structure of a block.
       params = params | {"blocks": layers[0]}
     decode = functools.partial(self._decode, params, layers)
     stop_ids = stop_ids | {self.eos_token_id}
@@ -111,7 +122,7 @@ class Generator:
     stop_ids: frozenset[int],
     on_token: TokenCallback,
   ) -> list[list[int]]:
-    """Draw a token after the other, or take the likeliest."""
+    """Sample tokens one at a time, or take the likeliest at temperature 0."""
     num_rows = len(buffer.lengths_B)
     keys_B = sampling_keys(sampling.seed, num_rows, sampling.num_return_sequences)
     temperature = jnp.float32(sampling.temperature or 1)
@@ -142,7 +153,7 @@ class Generator:
     sampling: Sampling,
     stop_ids: frozenset[int],
   ) -> list[list[int]]:
-    """Find the likeliest texts, with `num_beams` rows for each prompt."""
+    """Search for the likeliest texts, with `num_beams` rows for each prompt."""
     W = sampling.num_beams
     max_new_J = buffer.max_new_B[::W].tolist()
     prompts = [beam_search.Beams(W, sampling.length_penalty, max_new) for max_new in max_new_J]
@@ -156,6 +167,7 @@ class Generator:
         num = sampling.num_return_sequences
         return [ids for prompt in prompts for ids in prompt.best(num, stop_ids)]
       rows = np.concatenate([np.array(beams) + W * i for i, beams in enumerate(sources)])
+      # Each new beam takes over the tokens and the cache of the beam that it extends.
       buffer.take_rows(rows)
       cache = _reorder_cache(cache, rows)
       last = [(beam.ids or [0])[-1] for prompt in prompts for beam in prompt.running]
@@ -163,7 +175,10 @@ class Generator:
 
 
 class SequenceBuffer:
-  """Token ids of prompts and texts, in rows that end in the same column."""
+  """Token ids of prompts and new tokens, one text per row.
+
+  Prompts are padded on the left, so that all rows end in the same column.
+  """
 
   def __init__(
     self,
@@ -174,7 +189,16 @@ class SequenceBuffer:
     max_new_B: np.ndarray,
     P: int,
   ):
-    """`min_new_B`, `max_new_B`: the fewest and the most new tokens of each prompt."""
+    """Initialize the rows.
+
+    Args:
+      ids_BS: the prompts in the first T columns, padded on the left; zeros after them.
+      lengths_B: tokens of each prompt.
+      T: columns of the prompts.
+      min_new_B: fewest new tokens of each prompt.
+      max_new_B: most new tokens of each prompt.
+      P: positions of the model.
+    """
     self.ids_BS = ids_BS
     self.lengths_B = lengths_B
     self.min_new_B = min_new_B
@@ -188,12 +212,16 @@ class SequenceBuffer:
   def from_prompts(
     cls, prompts: list[list[int]], sampling: Sampling, P: int, repeats: int
   ) -> "SequenceBuffer":
-    """Make rows for prompts and as many new tokens as `sampling` allows, up to P positions.
-
-    Raises RequestError for a prompt that leaves no room, or too little for its fewest new tokens.
+    """Make rows with room for the prompts and all new tokens.
 
     Args:
-      repeats: how often each prompt is in `prompts`, side by side.
+      prompts: token ids; none may be empty.
+      sampling: limits of the number of new tokens.
+      P: positions of the model, the limit of prompt and new tokens together.
+      repeats: how often each prompt is repeated in `prompts`, in adjacent rows.
+
+    Raises:
+      RequestError: a prompt leaves no room for new tokens, or too little for the minimum.
     """
     lengths_B = np.array([len(prompt) for prompt in prompts])
     min_new_B, max_new_B = _length_limits(lengths_B, sampling, P, repeats)
@@ -206,14 +234,14 @@ class SequenceBuffer:
     )
 
   def prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, segments and positions (B, T) of the prompts."""
+    """Return ids, segments and positions of the prompts, (B, T) each."""
     positions_BT = np.arange(self._T) - (self._T - self.lengths_B)[:, None]
     segments_BT = (positions_BT >= 0).astype(np.int32)
     return self.ids_BS[:, : self._T], segments_BT, np.maximum(positions_BT, 0).astype(np.int32)
 
   def append(self, ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Write a token to each row; returns its id, segment and position (B, 1)."""
-    # A row that is done goes on with the others, past the last position: none reads what it writes.
+    """Write a token to each row; return its id, segment and position, (B, 1) each."""
+    # A finished row continues with the others, at most at the last position. Its output is unused.
     positions_B = np.minimum(self.lengths_B + self._end - self._T, self._P - 1)
     positions_B1 = positions_B[:, None].astype(np.int32)
     self.ids_BS[:, self._end] = ids_B
@@ -221,34 +249,39 @@ class SequenceBuffer:
     return ids_B[:, None], np.ones_like(positions_B1), positions_B1
 
   def min_length(self, stop_ids: frozenset[int]) -> MinLength | None:
-    """Which texts may not stop with the next token; None where there is no minimum."""
+    """Return which texts are still too short to stop; None without a minimum."""
     if not self.min_new_B.any():
-      return None  # and the programs are those without this rule
+      return None  # then the compiled programs do not contain this rule
     return MinLength(self._end - self._T < self.min_new_B, np.array(sorted(stop_ids), np.int32))
 
   def take_rows(self, rows: np.ndarray) -> None:
+    """Replace the rows by those with these indices, for beam search."""
     self.ids_BS = self.ids_BS[rows]
 
   def history(self) -> History:
+    """Return the tokens so far, as logits processors read them."""
     columns = np.arange(self.ids_BS.shape[1])
     valid_BS = (columns >= (self._T - self.lengths_B)[:, None]) & (columns < self._end)
-    # A copy: CPU devices read such arrays without one, perhaps while the next token is written.
+    # Copied: a CPU device may alias the array, and read it while the next token is written.
     return History(self.ids_BS.copy(), valid_BS, np.int32(self._end))
 
 
 def _length_limits(
   lengths_B: np.ndarray, sampling: Sampling, P: int, repeats: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The fewest and the most new tokens of each prompt; see `SequenceBuffer.from_prompts`."""
+  """Return the fewest and the most new tokens of each prompt.
+
+  See `SequenceBuffer.from_prompts` for arguments and errors.
+  """
   longest = int(lengths_B.argmax())
   length = int(lengths_B.max())
   prompt = f"prompt {longest // repeats + 1} has {length} tokens"
   if length >= P:
-    raise RequestError(f"{prompt} and the model {P} positions; shorten it")
+    raise RequestError(f"{prompt}, but the model has only {P} positions; shorten it")
   if sampling.max_length and length >= sampling.max_length:
     raise RequestError(
-      f"{prompt}, and --max_length={sampling.max_length} counts them too; give "
-      f"--max_length={length + 1} or more, or --max_new_tokens, which does not"
+      f"{prompt}, and --max_length={sampling.max_length} includes them; set "
+      f"--max_length={length + 1} or more, or --max_new_tokens, which excludes them"
     )
   maximum, minimum = "max_new_tokens", "min_length"
   max_new_B = np.full_like(lengths_B, sampling.max_new_tokens)
@@ -264,12 +297,12 @@ def _length_limits(
     row = int((min_new_B - max_new_B).argmax())
     length = lengths_B[row]
     fewest, most = min_new_B[row], max_new_B[row]
-    leaves = f"the model's {P} positions leave"
+    leaves = f"the model's {P} positions allow"
     if most < P - length:
-      leaves = f"--{maximum}={getattr(sampling, maximum)} leaves"
+      leaves = f"--{maximum}={getattr(sampling, maximum)} allows"
     raise RequestError(
       f"prompt {row // repeats + 1} has {length} tokens: --{minimum}={getattr(sampling, minimum)} "
-      f"wants {fewest} more, and {leaves} {most}; lower the one or raise the other"
+      f"needs {fewest} new ones, but {leaves} only {most}; lower the minimum or raise the maximum"
     )
   return min_new_B, max_new_B
 
@@ -285,9 +318,19 @@ def beam_candidates(
   sampling: Sampling,
   min_length: MinLength | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Find the 2 W best continuations of each prompt: scores, beams and tokens, (J, 2 W) each.
+  """Return the 2 W best continuations of each prompt.
 
-  Twice as many as beams, as one continuation of each beam may be its stop token.
+  2 W candidates still fill W beams if one continuation of each beam is a stop token.
+
+  Args:
+    logits_BV: logits of the next token, W rows for each prompt.
+    scores_JW: sum of log-probabilities of each beam.
+    history: the tokens so far.
+    sampling: settings that are compiled in, from `Sampling.for_jit`.
+    min_length: which texts are too short to stop.
+
+  Returns:
+    Scores, beams and tokens, (J, 2 W) each, best first.
   """
   J, W = scores_JW.shape
   V = logits_BV.shape[-1]
@@ -300,7 +343,10 @@ def beam_candidates(
 def process_logits(
   logits_BV: jax.Array, history: History, sampling: Sampling, min_length: MinLength | None
 ) -> jax.Array:
-  """Apply the rules that depend on the text so far to logits or log-probabilities."""
+  """Apply the rules that depend on the tokens so far.
+
+  Accepts logits or log-probabilities.
+  """
   if sampling.repetition_penalty != 1:
     logits_BV = logits_processors.penalize_repeats(logits_BV, history, sampling.repetition_penalty)
   if sampling.no_repeat_ngram_size:
@@ -322,16 +368,24 @@ def sample_token(
   sampling: Sampling,
   min_length: MinLength | None = None,
 ) -> jax.Array:
-  """Draw the next token of each row, (B,) int32, or take the likeliest at temperature 0.
+  """Sample the next token of each row, or take the likeliest at temperature 0.
 
   Args:
-    n: tokens drawn before.
-    temperature: an array, not that of `sampling`, so that another one is no recompilation.
+    logits_BV: logits of the next token.
+    keys_B: random key of each row, from `sampling_keys`.
+    n: new tokens so far.
+    temperature: a scalar array, separate from `sampling`, so that a change does not recompile.
+    history: the tokens so far.
+    sampling: settings that are compiled in, from `Sampling.for_jit`.
+    min_length: which texts are too short to stop.
+
+  Returns:
+    The next tokens, (B,) int32.
   """
   logits_BV = process_logits(logits_BV, history, sampling, min_length)
   if not sampling.temperature:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-  # The largest is 0 before the division: no temperature makes an infinity of it.
+  # Shifted so that the largest logit is 0, which no small temperature can turn into infinity.
   logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
   logits_BV = logits_processors.filter_logits(
     logits_BV, sampling.top_k, sampling.top_p, sampling.min_p
@@ -341,15 +395,15 @@ def sample_token(
 
 
 def sampling_keys(seed: int, num_rows: int, repeats: int) -> jax.Array:
-  """Make a key for each row, `repeats` of which are of one prompt.
+  """Return a random key for each row; every `repeats` rows belong to one prompt.
 
-  The first of a prompt has the key that it has when a prompt has only one.
+  The first row of a prompt has the same key for any number of repeats.
   """
   index_B = jnp.arange(num_rows)
   prompt_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B // repeats)
   if repeats == 1:
     return prompt_keys_B
-  # From 2^31 on, as `sample_token` folds the numbers of tokens into the first key of a prompt.
+  # Numbers from 2^31 on, because `sample_token` folds token counts into the first key of a prompt.
   data_B = jnp.uint32(2**31) + (index_B % repeats).astype(jnp.uint32)
   keys_B = jax.vmap(jax.random.fold_in)(prompt_keys_B, data_B)
   return jax.vmap(jax.lax.select)(index_B % repeats == 0, prompt_keys_B, keys_B)

@@ -1,1 +1,1 @@
-"""Data sheets of accelerators, FLOPs, and the roofline that follows from both."""
+"""Accelerator data sheets, FLOP counts, and a roofline model that combines them."""

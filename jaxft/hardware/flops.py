@@ -1,4 +1,4 @@
-"""Counts the FLOPs of a step in its jaxpr: exact, and the same for any hardware and mesh.
+"""Exact FLOPs of a step from its jaxpr: the same for any hardware and mesh.
 
 B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H head size
 """
@@ -9,40 +9,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# Matrix products of each attention kernel, and the axis of the queries' length. Each product is of
-# all queries and half of the keys: no kernel computes blocks that are masked.
+# (matrix products, axis of the queries' length) of each attention kernel. Each product counts all
+# queries and half of the keys, because no kernel computes masked blocks.
 ATTENTION_KERNELS = {
   "dot_product_attention_fwd": (2, 1),  # cuDNN, (B, T, N, H)
   "dot_product_attention_bwd": (5, 1),
-  "splash_mha_fwd": (2, -2),  # (B, N, T, H), or (N, T, H) of one row
+  "splash_mha_fwd": (2, -2),  # (B, N, T, H), or (N, T, H) for one row
   "splash_mha_dkv": (4, -2),
   "splash_mha_dq": (3, -2),
 }
 
 
 def jaxpr_flops(jaxpr: "ClosedJaxpr | Jaxpr") -> int:
-  """Returns the FLOPs of all matrix products, with loops by trip count and with recomputation.
+  """Return the FLOPs of all matrix products, including recomputation.
 
-  XLA's own `cost_analysis` counts the body of a loop once (jax 0.10.2). Other operations are bound
-  by memory. Dead code is not counted, as the compiler drops it.
+  The body of a loop counts once for each iteration; XLA's `cost_analysis` counts it only once (jax
+  0.10.2). Other operations are memory-bound and not counted. Dead code is not counted, because the
+  compiler removes it.
   """
   return _count_live(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def model_flops(cfg: Any, batch_size: int, T: int) -> int:
-  """Returns the least FLOPs of a step by PaLM's formula: (6 weights + 12 L N H T) x tokens.
+  """Return the model FLOPs of a step: (6 weights + 12 L N H T) x tokens.
 
-  The weights are those of matrix products: each takes 2 FLOPs a token forward and 4 backward, or 2
-  where it is frozen; attention to all T columns, as it is usually counted, though half of them are
-  masked. Recomputation is not in it. See appendix B of arXiv:2204.02311.
+  This is PaLM's formula (appendix B of arXiv:2204.02311), without recomputation. A weight of a
+  matrix product takes 2 FLOPs per token forward and 4 backward, or 2 backward if it is frozen.
+  Attention counts all T columns, as is usual, although half of them are masked.
 
   Args:
     cfg: a `jaxft.model.config.ModelConfig`.
-    batch_size: rows of an optimizer step.
+    batch_size: sequences of an optimizer step.
+    T: tokens of a sequence.
   """
   heads = cfg.N * cfg.H
   head = "output.score" if cfg.classes else "embed.tokens" if cfg.tied else "output.kernel"
-  layer = {  # inputs and outputs of each product
+  layer = {  # (inputs, outputs) of each product
     "attention.qkv": (cfg.D, 3 * heads),
     "attention.out": (heads, cfg.D),
     "mlp.up": (cfg.D, cfg.F),
@@ -55,7 +57,7 @@ def model_flops(cfg: Any, batch_size: int, T: int) -> int:
   def factor(name: str) -> int:
     return 6 if name in trained or not trained else 4
 
-  # Adapters have rank x (inputs + outputs), where query, key and value are counted as one.
+  # An adapter has rank x (inputs + outputs) weights; query, key and value count as one matrix.
   adapters = sum(
     6 * cfg.L * cfg.lora_rank * sum(shape)
     for name, shape in layer.items()
@@ -66,7 +68,10 @@ def model_flops(cfg: Any, batch_size: int, T: int) -> int:
 
 
 def _count_live(jaxpr: "ClosedJaxpr | Jaxpr", needed: list[bool]) -> tuple[int, list[bool]]:
-  """Returns the FLOPs of the needed outputs, and which inputs they need."""
+  """Return the FLOPs of the needed outputs, and which inputs they need.
+
+  Walks the equations backward, so that an equation counts only if a later one uses its result.
+  """
   live = {id(var) for var, need in zip(jaxpr.outvars, needed, strict=True) if need}
   total = 0
   for eqn in reversed(jaxpr.eqns):
@@ -91,7 +96,7 @@ def _count_equation(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
     if label.startswith(kernel):
       avals = (var.aval for var in eqn.invars)
       floats = (aval for aval in avals if aval.ndim > 2 and aval.dtype.kind not in "biu")
-      shape = next(floats).shape  # of the queries
+      shape = next(floats).shape  # the queries come first
       return products * math.prod(shape) * shape[axis], everything
   if name == "scan":
     # JAX 0.10 and 0.12 name the groups of variables differently, so we count axes: a variable that
@@ -99,18 +104,20 @@ def _count_equation(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
     body = params["jaxpr"]
     carries = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.outvars))
     consts = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.invars, body.invars)) - carries
-    while True:  # the carry that one iteration needs, the iteration before must make
+    # An iteration must produce the carry that the next one needs. Repeat until the needed part of
+    # the carry no longer grows.
+    while True:
       count, used = _count_live(body, needed)
       carry_used = used[consts : consts + carries]
       carry = [need or use for need, use in zip(needed[:carries], carry_used, strict=True)]
       if carry == needed[:carries]:
         return params["length"] * count, used
       needed = carry + needed[carries:]
-  if name == "cond":  # the index comes before what the branches take
+  if name == "cond":  # count the most expensive branch
     branches = [_count_live(branch, needed) for branch in params["branches"]]
     return max(count for count, _ in branches), everything
   inner = [value for value in params.values() if hasattr(value, "eqns")]
-  if name == "shard_map":  # what each device does
+  if name == "shard_map":  # its jaxpr is the work of one device
     count, used = _count_live(params["jaxpr"], needed)
     return params["mesh"].size * count, used
   if len(inner) == 1:

@@ -1,4 +1,4 @@
-"""Estimates the time of a step by a roofline model, with an assumed share of each peak."""
+"""Roofline model: the time of a step from an assumed share of each hardware peak."""
 
 import math
 from typing import NamedTuple
@@ -6,11 +6,11 @@ from typing import NamedTuple
 from jaxft.hardware.specs import Target
 from jaxft.utils.types import Json
 
-UNMEASURED = "assumption: jaxft has not been measured on this hardware"
+UNMEASURED = "assumed, jaxft has not been measured on this hardware"
 
 
 class Efficiency(NamedTuple):
-  """The share of a data sheet's figure that a step is taken to reach."""
+  """The share of each data sheet figure that a step is assumed to reach."""
 
   compute: float = 0.5
   memory: float = 0.8
@@ -20,8 +20,8 @@ class Efficiency(NamedTuple):
 
 
 EFFICIENCY = Efficiency()
-# Bytes that a device sends for a ring collective over n devices, over the larger of its input and
-# output.
+# Bytes that a device sends in a ring collective over n devices, divided by the larger of its input
+# and output.
 RING_FACTORS = {
   "all-gather": lambda n: (n - 1) / n,
   "reduce-scatter": lambda n: (n - 1) / n,
@@ -32,6 +32,8 @@ RING_FACTORS = {
 
 
 class Estimate(NamedTuple):
+  """The estimated seconds of a step and its parts, the speed, and MFU (0 to 1)."""
+
   compute_seconds: float
   memory_seconds: float
   network_seconds: float
@@ -42,13 +44,17 @@ class Estimate(NamedTuple):
 
   @property
   def bound_by(self) -> str:
+    """The longest part: "compute", "memory", "network" or "bus"."""
     terms = ("compute", "memory", "network", "bus")
     return max(terms, key=lambda term: getattr(self, f"{term}_seconds"))
 
   def rows_to_hide_the_bus(self, rows: int) -> int:
-    """Returns the rows of a batch from which on the bus is at most a fifth of a step.
+    """Return the smallest batch for which the bus takes at most a fifth of a step.
 
-    The bytes on the bus stay the same, the rest grows with the rows.
+    Bus traffic does not depend on the batch; the rest of the step grows with its rows.
+
+    Args:
+      rows: sequences of the batch of this estimate.
     """
     row_seconds = (self.step_seconds - self.bus_seconds) / rows
     return math.ceil(4 * self.bus_seconds / row_seconds)
@@ -59,8 +65,8 @@ MFU_FORMULA = (
   "model FLOPs without recomputation"
 )
 STEP_FORMULA = (
-  "the longest of compute, memory and network seconds, which are taken to overlap, "
-  "and the bus seconds, which are not"
+  "max(compute, memory, network) + bus seconds: the first three are assumed to overlap, "
+  "the bus is not"
 )
 
 
@@ -77,16 +83,22 @@ def estimate_step(
   bus_bytes: int = 0,
   efficiency: Efficiency = EFFICIENCY,
 ) -> Estimate | None:
-  """Estimates one optimizer step; None for a device whose speed is not known (cpu).
+  """Estimate one optimizer step.
 
   Args:
-    devices: that share the step; not all of a target need be in the mesh.
-    dtype: of matrix products.
-    flops, model_flops: of the whole step, over all devices (`flops.py`).
-    moved_bytes: between a device's memory and its cores (`hlo.hbm_bytes`).
-    collective_bytes: of a device, by kind (`hlo.bytes_by_kind`).
-    tokens: of a step.
-    bus_bytes: between the host's memory and a device (`offload.host_traffic`).
+    target: the hardware.
+    devices: number of devices in the mesh; a target may have more.
+    dtype: dtype of matrix products.
+    flops: FLOPs of the whole step over all devices, including recomputation (`flops.py`).
+    model_flops: the same without recomputation.
+    moved_bytes: bytes between a device's memory and its cores (`hlo.hbm_bytes`).
+    collective_bytes: bytes of a device's collectives, by kind (`hlo.bytes_by_kind`).
+    tokens: tokens of a step.
+    bus_bytes: bytes between host memory and a device (`offload.host_traffic`).
+    efficiency: assumed share of each peak.
+
+  Returns:
+    None for a device of unknown speed (cpu).
   """
   spec = target.spec
   ideal = ideal_step_seconds(target, devices, model_flops)
@@ -110,9 +122,9 @@ def estimate_step(
 
 
 def ideal_step_seconds(target: Target, devices: int, model_flops: int) -> float | None:
-  """Returns the time of a step at peak FLOP/s, or None for a device whose speed is not known.
+  """Return the time of a step at peak FLOP/s; None for a device of unknown speed.
 
-  The MFU is this over the measured time.
+  MFU = this / measured step time.
   """
   if target.spec is None:
     return None
@@ -122,7 +134,7 @@ def ideal_step_seconds(target: Target, devices: int, model_flops: int) -> float 
 def estimate_cost(
   price: float | None, target: Target, estimate: Estimate | None
 ) -> dict[str, float]:
-  """Returns the cost per hour and per million tokens, from the hourly price of a device."""
+  """Return the cost per hour and per million tokens, given a device's hourly price."""
   if price is None:
     return {}
   hourly = price * target.count
@@ -135,7 +147,7 @@ def estimate_cost(
 def to_dict(
   estimate: Estimate | None, target: Target, dtype: str, efficiency: Efficiency = EFFICIENCY
 ) -> Json:
-  """Returns the estimate with all its assumptions, for JSON."""
+  """Return the estimate with all its assumptions, for JSON."""
   spec = target.spec
   if estimate is None or spec is None:
     return {}

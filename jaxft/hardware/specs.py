@@ -1,10 +1,11 @@
-"""Specifications of hardware to compile for, from the makers' public data sheets (`SOURCES`).
+"""Hardware specifications, from the vendors' public data sheets (`SOURCES`).
 
-GPUs: NVIDIA's data sheets and architecture white papers (memory, bandwidth, dense bfloat16 or
-float16 tensor rate with float32 accumulation, multiprocessors), and the CUDA C++ programming
-guide's table of compute capabilities (threads, shared memory). TPUs: Google Cloud's pages on each
-version (HBM, bandwidth, bfloat16 rate, links, of which they give both ways together); usable memory
-is what libtpu's compiler grants.
+GPUs: memory, bandwidth, multiprocessors and the dense bfloat16 or float16 tensor rate with float32
+accumulation are from NVIDIA's data sheets and architecture white papers. Threads and shared memory
+are from the table of compute capabilities in the CUDA C++ programming guide.
+
+TPUs: HBM, bandwidth, bfloat16 rate and links are from Google Cloud's page on each version. Those
+pages list the sum of both directions of a link. Usable memory is the limit in libtpu's compiler.
 """
 
 import difflib
@@ -21,14 +22,16 @@ from jaxft.errors import RequestError, first_line
 from jaxft.utils import jax_private
 
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
-# Memory is nvidia-smi's total: error correction takes some of an A10G's and an L4's. A process gets
-# less: the driver, the CUDA context and NCCL take some, and XLA's pool is the rest
-# (`backend.configure_jax`).
+# `Gpu.memory` is the total that nvidia-smi shows; on an A10G or an L4 it excludes the memory for
+# error correction. A process gets less: the driver, the CUDA context and NCCL take a part, and
+# XLA's pool is the rest (`backend.configure_jax`).
 GPU_USABLE_SHARE = 0.93
-CUDNN_VERSION = (9, 28)  # what jax[cuda13] brings today
+CUDNN_VERSION = (9, 28)  # installed by jax[cuda13] today
 
 
 class Gpu(NamedTuple):
+  """The specification of a GPU."""
+
   label: str
   capability: tuple[int, int]
   multiprocessors: int
@@ -36,17 +39,18 @@ class Gpu(NamedTuple):
   memory: int  # bytes
   bandwidth: int  # bytes/s
   l2: int  # bytes
-  shared: int  # bytes a multiprocessor
-  threads: int  # a multiprocessor
-  flops: int  # dense tensor cores, 16-bit in, float32 accumulation
-  link: int  # bytes/s to each neighbour in a node, one way
-  node: int = 8  # devices of a machine as they are rented, or built
+  shared: int  # bytes per multiprocessor
+  threads: int  # per multiprocessor
+  flops: int  # FLOP/s of dense tensor cores, 16-bit inputs, float32 accumulation
+  link: int  # bytes/s to each neighbor in a node, one way
+  node: int = 8  # devices of a machine, as sold or rented
   bfloat16: bool = True
 
   def peak_flops(self, dtype: str) -> int:
-    """Returns the FLOP/s of matrix products.
+    """Return the FLOP/s of matrix products in this dtype.
 
-    float32 ones go through TF32 at half the 16-bit rate (XLA's default), or through the cores.
+    float32 uses TF32 at half the 16-bit rate (XLA's default), or the CUDA cores of a GPU without
+    TF32.
     """
     if dtype != "float32":
       return self.flops
@@ -55,41 +59,41 @@ class Gpu(NamedTuple):
 
   @property
   def bus(self) -> int:
-    """bytes/s between host and device memory, each way: 16 lanes of its PCI Express version."""
+    """Bytes/s between host and device memory, each way: 16 PCI Express lanes."""
     return PCIE3 if self.capability < (8, 0) else PCIE4 if self.capability < (9, 0) else PCIE5
 
   @property
   def fpus(self) -> int:
-    """float32 units of a multiprocessor."""
+    """Number of float32 units of a multiprocessor."""
     return 64 if self.capability in ((7, 5), (8, 0)) else 128
 
 
 class Tpu(NamedTuple):
-  """Of a device, which is a chip; a TPU7x has two devices with half of everything each."""
+  """The specification of a TPU device: a chip, or half a chip of a TPU7x."""
 
   label: str
   usable: int  # bytes
   bandwidth: int
   flops: int
   link: int  # bytes/s of all its links, one way
-  devices: int = 1  # a chip
+  devices: int = 1  # per chip
   bfloat16: bool = True
 
   def peak_flops(self, dtype: str) -> int:
-    """Returns the FLOP/s of matrix products.
+    """Return the FLOP/s of matrix products: the same for every dtype.
 
-    XLA rounds the operands of float32 ones to bfloat16 (its default precision on TPUs).
+    XLA rounds float32 operands to bfloat16 (its default precision on TPUs).
     """
     return self.flops
 
   @property
   def bus(self) -> int:
-    """bytes/s between host memory and the chip: PCI Express 3, as Google publishes no number."""
+    """Bytes/s between host and chip: PCI Express 3; Google publishes no number."""
     return PCIE3
 
 
-# A 400 Gbit/s network card for each GPU, as in NVIDIA's DGX H100; rented nodes of smaller GPUs have
-# less.
+# One 400 Gbit/s network card per GPU, as in NVIDIA's DGX H100. Rented nodes of smaller GPUs are
+# slower.
 NETWORK_BANDWIDTH = 50 * GIGA
 KB, MB = 2**10, 2**20
 NVLINK3, NVLINK4, NVLINK5 = 300 * GIGA, 450 * GIGA, 900 * GIGA
@@ -170,17 +174,16 @@ SOURCES = {
   **{kind: f"https://docs.cloud.google.com/tpu/docs/{kind}" for kind in TPUS},
 }
 UNSUPPORTED = {
-  "v100": "CUDA 13, which jaxft's plugin is for, no longer knows its compute capability 7.0; "
-  "JAX with CUDA 12 does",
-  # Its topology gives two devices a chip, and the compiler then asks for one of two (libtpu 0.0.42
-  # to 0.0.51).
-  "v4": "libtpu's compiler ends in an assertion about its two cores a chip when there is no such "
-  "chip; v5p is its successor",
+  "v100": "jaxft's plugin uses CUDA 13, which dropped compute capability 7.0; use JAX with CUDA 12",
+  # The topology of a v4 has two devices per chip, but the compiler expects one (libtpu 0.0.42 to
+  # 0.0.51).
+  "v4": "libtpu's compiler fails with an assertion on a machine without a v4 chip; "
+  "try its successor, v5p",
 }
 
 
 class Target(NamedTuple):
-  """So many devices of one kind."""
+  """A number of devices of one kind, to plan or compile for."""
 
   name: str
   kind: str  # a key of GPUS or TPUS, or "cpu"
@@ -189,11 +192,12 @@ class Target(NamedTuple):
 
   @property
   def spec(self) -> Gpu | Tpu | None:
+    """The data sheet of the device; None for a CPU."""
     return GPUS.get(self.kind) or TPUS.get(self.kind)
 
   @property
   def usable_bytes(self) -> int:
-    """Bytes of a device that a process can use; CPU devices share the memory of this machine."""
+    """Usable bytes of a device; CPU devices share the memory of this machine."""
     spec = self.spec
     if spec is None:
       return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
@@ -201,7 +205,7 @@ class Target(NamedTuple):
 
   @property
   def link(self) -> int:
-    """bytes/s that a device sends, over the slowest link of a collective over all devices."""
+    """Bytes/s that a device sends over the slowest link of a collective."""
     spec = self.spec
     assert spec is not None, "a CPU has no links"
     between_nodes = isinstance(spec, Gpu) and self.count > spec.node
@@ -209,7 +213,11 @@ class Target(NamedTuple):
 
 
 def parse_device(name: str) -> Target:
-  """Parses `h100`, `h100x8`, `v5e:2x4`, `cpu`, `cpux8`, ...; raises RequestError."""
+  """Parse a device name such as `h100`, `h100x8`, `v5e:2x4`, `cpu` or `cpux8`.
+
+  Raises:
+    RequestError: if the name is unknown, or the number of devices is impossible.
+  """
   if (kind := name.partition("x")[0].partition(":")[0]) in UNSUPPORTED:
     raise RequestError(f"--device={name!r}: {UNSUPPORTED[kind]}")
   tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
@@ -223,20 +231,21 @@ def parse_device(name: str) -> Target:
       count = int(match[1] or 1)
       node = GPUS[kind].node if kind in GPUS else 1
       if count > node and count % node:
-        reason = f"{kind} comes in nodes of {node}; give a multiple of it, or fewer"
+        reason = f"{kind} comes in nodes of {node}; give a multiple of {node}, or fewer than {node}"
         raise RequestError(f"--device={name!r}: {reason}")
       return Target(name=name, kind=kind, count=count, topology="")
-  gpus = f"{', '.join(GPUS)}, each with xN for N of them"
+  gpus = f"{', '.join(GPUS)}, each with xN for N devices"
   tpus = ", ".join(TPUS)
   raise RequestError(
-    f"--device={name!r}: not known; there are cpu, {gpus}, and slices of {tpus} such as v5e:2x4"
+    f"--device={name!r}: unknown; choose cpu, {gpus}, or a slice of {tpus}, such as v5e:2x4"
   )
 
 
 def read_prices(file: Path) -> dict[str, float]:
-  """Reads the hourly price of a device of each kind, JSON such as {"h100": 2.5}, in any currency.
+  """Read hourly prices per device, in any currency: JSON such as {"h100": 2.5}.
 
-  Raises RequestError for an unreadable file, an unknown device or a price that is not a number.
+  Raises:
+    RequestError: if the file is unreadable, a device unknown, or a price not a number.
   """
   flag = f"--prices={str(file)!r}"
   try:
@@ -249,29 +258,32 @@ def read_prices(file: Path) -> dict[str, float]:
   for kind, price in prices.items():
     if kind not in known:
       close = difflib.get_close_matches(kind, known, 1)
-      hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-      raise RequestError(f"{flag}: {kind!r} is no device that is known; {hint}")
+      hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+      raise RequestError(f"{flag}: unknown device {kind!r}; {hint}")
     if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < math.inf:
-      problem = f"{kind!r} costs {price!r}; give a number, for one device an hour"
+      problem = f"{kind!r} costs {price!r}; give the price of one device per hour as a number"
       raise RequestError(f"{flag}: {problem}")
   return prices
 
 
 def local_target(device: jax.Device, count: int) -> Target:
-  """Returns the target of devices of this machine; its spec is None for an unknown kind."""
+  """Return the target for local devices; its spec is None for an unknown kind."""
   label = device.device_kind.removeprefix("NVIDIA ")
   kind = next((kind for kind, spec in (GPUS | TPUS).items() if spec.label == label), "")
   return Target(name=f"{count} x {device.device_kind}", kind=kind, count=count, topology="")
 
 
 def compile_devices(target: Target) -> list[jax.Device]:
-  """Returns devices to compile for; the process must have the environment of `compiler_env`."""
+  """Return devices to compile for, which need not exist.
+
+  The process must have the environment of `aot_compiler.compiler_env`.
+  """
   from jax.experimental import topologies
 
   if target.kind == "cpu":
     return jax.devices("cpu")[: target.count]
   if isinstance(spec := target.spec, Tpu):
-    # A machine has one chip for a target of one, else four.
+    # libtpu assumes hosts of four chips; a single chip needs other bounds.
     one_chip = target.count == spec.devices
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=target.name, **bounds)
@@ -287,7 +299,7 @@ def compile_devices(target: Target) -> list[jax.Device]:
 
 
 def _target_config(gpu: Gpu) -> str:
-  """Describes a GPU to XLA's compiler (xla/stream_executor/device_description.proto)."""
+  """Describe a GPU to XLA (xla/stream_executor/device_description.proto)."""
   major, minor = gpu.capability
   optin = gpu.shared - (1024 if major >= 8 else 0)
   return f"""

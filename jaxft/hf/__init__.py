@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints, in and out."""
+"""Loads, converts and exports Hugging Face checkpoints."""

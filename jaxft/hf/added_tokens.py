@@ -1,4 +1,4 @@
-"""Adds tokens and their roles to a model: more rows in its tables, and a tokenizer with them."""
+"""Adds special tokens to a model: grows its vocabulary tables and its tokenizer."""
 
 import dataclasses
 from pathlib import Path
@@ -18,37 +18,40 @@ from jaxft.utils.types import Json
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-# The parameters that have a row for each token.
+# The parameters with one row per token.
 VOCAB_TABLES = (("embed", "tokens"), ("output", "kernel"), ("output", "bias"))
 ROLES = ("bos", "eos", "pad")
-# transformers' other roles, which a model that writes or classifies text has no use for.
+# transformers' other roles. Models that generate or classify text do not use them.
 ALL_ROLES = tuple(name.removesuffix("_token") for name in SPECIAL_TOKENS)
 UNUSED_ROLES = tuple(role for role in ALL_ROLES if role not in ROLES)
 
 
 class TokenSpec(NamedTuple):
-  """A value of --add: a new token without a role, or a token, new or not, for a role."""
+  """A parsed value of --add: a token, new or existing, and its role ("" for none)."""
 
   token: str
   role: str = ""
 
 
 def parse_token_spec(value: str) -> TokenSpec:
-  """Parses TOKEN or ROLE=TOKEN; a text with "=" is a token, unless a role is before it.
+  """Parse TOKEN or ROLE=TOKEN.
 
-  Raises RequestError for an empty token, and for a role of transformers that has no use here.
+  A value with "=" is a plain token unless the part before "=" is a role.
+
+  Raises:
+    RequestError: the token is empty, or the role is one that these models do not use.
   """
   before, sign, token = value.partition("=")
   role = before.removesuffix("_token") if sign else ""
   if role in UNUSED_ROLES:
     raise RequestError(
-      f"--add {value!r}: the roles are {', '.join(ROLES)}, and {role!r} has no use in these "
-      f"models; give {token!r} alone to add it without a role"
+      f"--add {value!r}: these models do not use the role {role!r}, only {', '.join(ROLES)}; "
+      f"give {token!r} alone to add it without a role"
     )
   spec = TokenSpec(token, role) if role in ROLES else TokenSpec(value)
   if not spec.token:
     raise RequestError(
-      f"--add {value!r}: must be a text, or ROLE=TEXT with one of the roles {', '.join(ROLES)}"
+      f"--add {value!r}: must be TOKEN or ROLE=TOKEN, with one of the roles {', '.join(ROLES)}"
     )
   return spec
 
@@ -56,20 +59,23 @@ def parse_token_spec(value: str) -> TokenSpec:
 def add_tokens(
   source: repo.HFCheckpoint, values: list[str], out: Path
 ) -> tuple["PreTrainedTokenizerFast", dict[str, int], Json]:
-  """Writes `source` with new special tokens and roles to `out`.
+  """Write `source` with new special tokens and roles to `out`.
 
-  As transformers' `resize_token_embeddings` the tables get a row for each new token, which begins
-  as the mean of all rows (Hewitt 2021: a random one would first take probability from every other
-  token); a table that has room already, as GPT-J's, keeps its size. All other rows, and the dtype
-  of every tensor, stay as they are; so do all rows where only a role changes.
+  Like transformers' `resize_token_embeddings`, this adds a row to the tables for each new token.
+  The row starts as the mean of all rows. A random row would first take probability from every
+  other token (Hewitt 2021). A table with spare rows, as in GPT-J, keeps its size. All other rows
+  and the dtype of every tensor stay unchanged. If only a role changes, no row changes.
 
   Args:
-    values: of --add; see `parse_token_spec`.
+    source: the model to extend.
+    values: values of --add; see `parse_token_spec`.
+    out: the folder to write.
 
   Returns:
-    The tokenizer, the id of each token that was named, and the parity report of the export.
+    The tokenizer, the id of each named token, and the parity report of the export.
 
-  Raises RequestError for a token that cannot be added, or cannot have the role.
+  Raises:
+    RequestError: a token cannot be added, or cannot have its role.
   """
   specs = [parse_token_spec(value) for value in values]
   tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
@@ -83,8 +89,8 @@ def add_tokens(
   bos_named = own_bos and any(spec.role == "bos" for spec in specs)
   if bos_named and tokenize.document_bos_id(tokenizer, prefix) is None:
     raise RequestError(
-      f"--add {f'bos={tokenizer.bos_token}'!r}: the tokenizer of {source.tokenizer_folder} itself "
-      f"begins each text with {tokenizer.convert_ids_to_tokens(prefix[0])!r}; take that out of it "
+      f"--add {f'bos={tokenizer.bos_token}'!r}: the tokenizer of {source.tokenizer_folder} already "
+      f"begins each text with {tokenizer.convert_ids_to_tokens(prefix[0])!r}; remove that "
       f"first (add_bos_token in {CONFIG_FILE}, post_processor in tokenizer.json)"
     )
   vocab = tokenizer.get_vocab()
@@ -104,7 +110,7 @@ def add_tokens(
 
 
 def _new_tokens(specs: list[TokenSpec], tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-  """Returns the tokens to be added, in the order in which they were named."""
+  """Return the tokens that the vocabulary lacks, in the order of `specs`."""
   vocab = tokenizer.get_vocab()
   new_tokens = []
   token_of_role = {}
@@ -112,16 +118,18 @@ def _new_tokens(specs: list[TokenSpec], tokenizer: "PreTrainedTokenizerFast") ->
     flag = f"--add {'='.join(filter(None, (role, token)))!r}"
     if not role and (token in vocab or token in new_tokens):
       raise RequestError(
-        f"{flag}: a token already; name another, or give it a role, {ROLES[0]}=... for one"
+        f"{flag}: the tokenizer already has this token; name another, or give it a role, "
+        f"such as {ROLES[0]}=..."
       )
     if role and token_of_role.setdefault(role, token) != token:
       raise RequestError(
-        f"{flag}: {role} is {token_of_role[role]!r} already; name one token for it"
+        f"{flag}: the role {role} is already given to {token_of_role[role]!r}; name one token per "
+        "role"
       )
     if role and token in vocab and _is_ordinary(tokenizer, vocab[token]):
       raise RequestError(
-        f"{flag}: a token that texts are made of, which transformers would leave out of every "
-        f"text; name a new token, or a special one ({tokenizer.eos_token!r})"
+        f"{flag}: an ordinary token, which transformers would then drop from every text; "
+        f"name a new token, or a special one ({tokenizer.eos_token!r})"
       )
     if token not in vocab and token not in new_tokens:
       new_tokens.append(token)
@@ -129,7 +137,7 @@ def _new_tokens(specs: list[TokenSpec], tokenizer: "PreTrainedTokenizerFast") ->
 
 
 def _is_ordinary(tokenizer: "PreTrainedTokenizerFast", id: int) -> bool:
-  """Whether an ordinary text is cut into this token."""
+  """Return whether ordinary text can be tokenized into this token."""
   if is_special(tokenizer, id):
     return False
   backend = tokenizer.backend_tokenizer

@@ -1,4 +1,4 @@
-"""What `config.model` names: a checkpoint or the sizes of a new model, and a tokenizer."""
+"""Resolves `config.model`: a checkpoint or a new model, and a tokenizer."""
 
 import difflib
 import json
@@ -13,14 +13,14 @@ from jaxft.utils.types import Json
 
 
 def resolve(model: ModelSection, weights: bool = True) -> repo.HFCheckpoint:
-  """Returns the checkpoint of `config.model`, downloaded if need be.
+  """Return the checkpoint of `config.model`; download it if necessary.
 
   Args:
     model: `config.model`.
-    weights: whether weights must exist, where `model.init` reads them.
+    weights: whether weights must exist, if `model.init` reads them.
 
   Raises:
-    RequestError: one of the things that the settings name is missing, or contradicts another.
+    RequestError: a file that the settings name is missing, or two of them contradict each other.
   """
   pretrained = model.init == "pretrained"
   checkpoint = repo.resolve(model.path, model.revision, weights and pretrained, model.torch_bin)
@@ -32,7 +32,7 @@ def resolve(model: ModelSection, weights: bool = True) -> repo.HFCheckpoint:
 
 
 def scratch_checkpoint(model: ModelSection, checkpoint: repo.HFCheckpoint) -> repo.HFCheckpoint:
-  """Returns `config.model` with new weights, where `model.path` is this checkpoint."""
+  """Return `config.model` with new weights, given the checkpoint of `model.path`."""
   hf_config, cfg = scratch_config(model, checkpoint.hf_config, checkpoint.folder / "config.json")
   return repo.HFCheckpoint(
     folder=checkpoint.folder, hf_config=hf_config, cfg=cfg, tokenizer=checkpoint.tokenizer
@@ -42,11 +42,12 @@ def scratch_checkpoint(model: ModelSection, checkpoint: repo.HFCheckpoint) -> re
 def scratch_config(
   model: ModelSection, hf_config: Json | None = None, file: Path | None = None
 ) -> tuple[Json, ModelConfig]:
-  """Returns the config.json and the `ModelConfig` of a model with new weights.
+  """Return the config.json and the `ModelConfig` of a model with new weights.
 
   Args:
     model: `config.model`.
-    hf_config: what `model.path` has, in `file`; ignored where `model.config` names another.
+    hf_config: config.json of `model.path`; ignored if `model.config` names another file.
+    file: the file of `hf_config`, for messages.
 
   Raises:
     RequestError: no model can have these sizes.
@@ -65,31 +66,33 @@ def scratch_config(
 
 
 def resolve_tokenizer(path: str) -> Path:
-  """Returns the folder of the tokenizer that `config.model.tokenizer` names, downloaded if need be.
+  """Return the folder of `config.model.tokenizer`; download it if necessary.
 
-  Raises RequestError where there is none.
+  Raises:
+    RequestError: the folder has no tokenizer.
   """
   what = f"config.model.tokenizer={path!r}"
   is_local = repo.is_local(path)
   folder = Path(path) if is_local else repo.download(what, path, list(TOKENIZER_FILES))
   if not any((folder / name).is_file() for name in VOCAB_FILES):
-    raise RequestError(f"{what}: no {', '.join(VOCAB_FILES[:2])} in it")
+    raise RequestError(f"{what}: found no {' or '.join(VOCAB_FILES[:2])} in this folder")
   return folder
 
 
 def _parse_overrides(text: str, hf_config: Json, file: Path | None) -> Json:
-  """Parses `config.model.config_overrides` into values of the types that config.json has."""
+  """Parse `config.model.config_overrides` into values of config.json's types."""
   overrides = {}
   for pair in filter(None, (pair.strip() for pair in text.split(","))):
     key, _, value = map(str.strip, pair.partition("="))
     if key not in hf_config:
       near = difflib.get_close_matches(key, hf_config, 1)
-      way_out = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(hf_config))}"
-      raise RequestError(f"config.model.config_overrides: {key!r} is no key of {file}; {way_out}")
+      way_out = f"did you mean {near[0]}?" if near else f"its keys: {', '.join(sorted(hf_config))}"
+      raise RequestError(f"config.model.config_overrides: {file} has no key {key!r}; {way_out}")
     overrides[key] = _parse_value(value, hf_config[key], f"config.model.config_overrides: {pair}")
     if key == "model_type" and overrides[key] != hf_config[key]:
       raise RequestError(
-        f"model_type={value}: {file} is of a {hf_config[key]}; name one with --config_name"
+        f"model_type={value}: {file} describes a {hf_config[key]} model; "
+        "name another config with --config_name"
       )
   return overrides
 
@@ -105,5 +108,5 @@ def _parse_value(text: str, default: object, where: str) -> object:
     expected = type(default) if isinstance(default, int) else int | float  # bool is an int
     if not isinstance(value, expected) or isinstance(value, bool) != isinstance(default, bool):
       kind = "True or False" if expected is bool else "a number"
-      raise RequestError(f"{where}: must be {kind}, as {default!r} is")
+      raise RequestError(f"{where}: must be {kind}, like the default {default!r}")
   return value

@@ -1,4 +1,4 @@
-"""The model card of an export."""
+"""Writes the model card of an export."""
 
 import contextlib
 import json
@@ -30,9 +30,9 @@ model = {auto}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-`parity.json` says how far this folder's logits are from those of the model that was trained.
+`parity.json` compares the logits of this folder with those of the trained model.
 """
-# A head -> the hub's tag for the task, and the class that loads the model.
+# Head -> the hub's task tag, and the class that loads the model.
 TASKS = {
   "lm": ("text-generation", "AutoModelForCausalLM"),
   "classification": ("text-classification", "AutoModelForSequenceClassification"),
@@ -40,12 +40,14 @@ TASKS = {
 
 
 def model_card(workdir: Path, step: int, local: bool) -> str:
-  """Returns README.md of a model exported at `step`: facts of the run, from its workdir's files.
+  """Return README.md of a model exported at `step`.
+
+  Its facts are from the files of the run's workdir. Local paths are cut to their last part.
 
   Args:
-    local: the base model is a folder, not a hub id, whose page the hub would link.
-
-  Local paths are cut to their last part.
+    workdir: the run's workdir.
+    step: the step of the exported weights.
+    local: whether the base model is a folder; the hub links the page of a hub id.
   """
   config = jaxft.config.load_run_config(workdir / "config.json")
   batch_size = config.train.batch_size
@@ -66,7 +68,7 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
     facts["training text"] += f": {documents}, {report['tokens']['trained']:,} tokens"
     facts["steps"] = f"{step:,} of {format_count(sequences, 'sequence')} of {length} tokens"
     if not report["tokens"]["held_out"]:
-      facts["eval loss"] = "none: nothing was held out"
+      facts["eval loss"] = "none: the run held out no text"
   metrics = _read_json_lines(workdir / "metrics.jsonl")
   evals = [line for line in metrics if "eval/loss" in line and line["step"] <= step]
   if evals:
@@ -79,7 +81,7 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
         ends = (f"{line[key]:.4f} at step {line['step']:,}" for line in (evals[0], evals[-1]))
         facts[metric] = ", ".join(ends)
     if "eval/floor" in evals[0]:
-      facts["eval loss"] += f" (entropy of the text: {evals[0]['eval/floor']:.4f})"
+      facts["eval loss"] += f" (entropy floor: {evals[0]['eval/floor']:.4f})"
   task, auto = TASKS[config.model.head]
   base = f"Fine-tuned from `{path if hub_id else name}`"
   return CARD.format(
@@ -87,16 +89,16 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
     auto=auto,
     base=f"base_model: {path}\n" if hub_id else "",
     name=f"{name}, fine-tuned" if pretrained else name,
-    what=base if pretrained else "Trained from new weights",
+    what=base if pretrained else "Trained from scratch",
     version=jaxft.__version__,
     facts="\n".join(f"| {key} | {fact} |" for key, fact in facts.items()),
   )
 
 
 def _read_json_lines(file: Path) -> list[Json]:
-  """Reads the objects of a .json or .jsonl file.
+  """Read the objects of a .json or .jsonl file.
 
-  There are none where the user has removed it, nor of a line that a kill has cut short.
+  Skips a file that the user has removed, and a line that a killed process left incomplete.
   """
   if not file.is_file():
     return []

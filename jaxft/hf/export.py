@@ -1,4 +1,8 @@
-"""Exports weights to a Hugging Face folder: written aside, read back, compared, then renamed."""
+"""Exports weights to a Hugging Face folder.
+
+The files are written to a temporary folder next to the target, read back and compared. Only then do
+they replace the target, so a failed export never damages an earlier one.
+"""
 
 import collections
 import contextlib
@@ -27,36 +31,37 @@ from jaxft.utils.types import Json, Params
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-# Keys of config.json that name code to be loaded: an export has no code.
+# Keys of config.json that name code to load. An export contains no code.
 DROPPED_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 DROPPED_KEYS += ("attn_implementation", "_attn_implementation")
 GENERATION_CONFIG = "generation_config.json"
-# The folder in a workdir with config and tokenizer of the run's model, and the files it may hold.
-RUN_MODEL = "run.model"
+# Folder in a workdir with the config and tokenizer of the run's model, and the files it may hold.
+RUN_MODEL = repo.RUN_MODEL
 RUN_MODEL_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
 
 
 def validate_export(out: Path) -> list[str]:
-  """Checks whether `out` can be exported to: at most one line. Only an export is ever replaced.
+  """Check whether `out` can be exported to; return at most one error.
 
-  A link leads to where the export is written, which may be another disk.
+  Only an earlier export or an empty folder may be replaced. If `out` is a link, the export is
+  written to its target, which may be on another disk.
   """
   what = f"export to {str(out)!r}"
   if not is_encodable(str(out.absolute())):
-    return [f"{what}: its name is not UTF-8, which tokenizers cannot write to; name another folder"]
+    return [f"{what}: its name is not UTF-8, and tokenizers cannot write to it; use another folder"]
   try:
     if out.is_symlink() and not out.exists():
       target = os.readlink(out)
-      return [f"{what}: a link that leads nowhere; make {target!r}, or name another folder"]
+      return [f"{what}: a broken link; create {target!r}, or name another folder"]
     out = Path(os.path.realpath(out))
     if out in (Path.cwd(), *Path.cwd().parents):
-      return [f"{what}: this is where the command was started; name a folder to be made"]
+      return [f"{what}: is or contains the current folder; name a new folder"]
     parent = next(path for path in out.parents if os.path.lexists(path))
     if not parent.is_dir():
-      return [f"{what}: {parent} is no folder"]
+      return [f"{what}: {parent} is not a folder"]
     for name in (*out.relative_to(parent).parts, _partial_path(out).name, _backup_path(out).name):
       with contextlib.suppress(FileNotFoundError):
-        os.lstat(parent / name)  # a name may be too long
+        os.lstat(parent / name)  # raises OSError if the name is too long
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
       return []
     if (out / repo.PARITY_FILE).is_file() and not any(entry.is_dir() for entry in out.iterdir()):
@@ -64,7 +69,7 @@ def validate_export(out: Path) -> list[str]:
   except OSError as error:
     return [f"{what}: {error.strerror}"]
   return [
-    f"{what}: it is there, and is no earlier export (no {repo.PARITY_FILE} in it); "
+    f"{what}: it already exists and is not an earlier export (it has no {repo.PARITY_FILE}); "
     "name another folder"
   ]
 
@@ -80,32 +85,33 @@ def export_model(
   tokenizer: "PreTrainedTokenizerFast | None" = None,
   stored: repo.HFCheckpoint | None = None,
 ) -> Json:
-  """Writes `params` so that transformers' `from_pretrained(out)` loads them.
+  """Write `params` so that transformers' `from_pretrained(out)` loads them.
 
-  In a run of several processes all of them must call it; process 0 writes.
+  In a run of several processes, all of them must call it; process 0 writes.
 
   Args:
-    out: the folder. An existing one is replaced if it is empty or an earlier export, else refused.
-    params: parameters as `model.abstract_model` nests them, on any mesh.
-    checkpoint: where the config comes from.
-    dtype: of `EXPORT_DTYPES`, or "source": each tensor's dtype in `stored`, and float32 for a
+    out: the folder. It may be new, empty or an earlier export; anything else is refused.
+    params: parameters nested as in `model.abstract_model`, on any mesh.
+    checkpoint: the source of the config.
+    dtype: one of `EXPORT_DTYPES`, or "source": each tensor's dtype in `stored`, and float32 for a
       tensor that is new.
-    stored: None: `checkpoint`.
-    tokenizer: what `jaxft.hf.tokenizer.load_tokenizer` returned; None: none is written.
-    card: text of the model card (README.md); empty: the checkpoint's own, if it has one.
+    max_shard_size: the largest weight file, such as "5GB".
+    card: text of the model card (README.md); "" copies the checkpoint's card, if it has one.
+    tokenizer: from `jaxft.hf.tokenizer.load_tokenizer`; None writes no tokenizer.
+    stored: the checkpoint whose dtypes "source" uses; None means `checkpoint`.
 
   Returns:
-    The parity report; in processes other than 0 an empty one.
+    The parity report; {} in processes other than 0.
 
   Raises:
-    StorageError: the disk refused, or what was read back is not what was written.
-    RequestError: `out` holds something else.
+    StorageError: the disk failed, or the files read back differ from those written.
+    RequestError: `out` cannot be replaced, or a weight is beyond the range of the dtype.
   """
   dtype_of = make_dtype_fn(stored or checkpoint, dtype)
   _check_float16_range(params, checkpoint, dtype_of)
   files, plan = _plan_files(params, checkpoint, dtype_of, max_shard_size)
   if jax.process_index() > 0:
-    # Takes part in gathering each chunk, twice: process 0 writes it, and then compares it.
+    # Gathering a chunk is a collective. Process 0 asks for each chunk twice: to write, to compare.
     written = (tensor for tensors in files.values() for tensor in tensors.values())
     for tensor in itertools.chain(written, hf_tensors(params, checkpoint, dtype_of)):
       collections.deque(tensor.chunks(), maxlen=0)
@@ -136,7 +142,7 @@ def export_model(
     _atomic_replace(partial, out)
   except OSError as error:
     raise StorageError(
-      f"export to {out}: {write_failure(out, error)}; what was there before has not been changed"
+      f"export to {out}: {write_failure(out, error)}; an earlier export is unchanged"
     ) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
@@ -149,12 +155,15 @@ def write_config_files(
   tokenizer: "PreTrainedTokenizerFast | None",
   more: Mapping[str, object],
 ) -> None:
-  """Writes a model without weights and card: config.json, generation_config.json, tokenizer.
+  """Write config.json, generation_config.json and the tokenizer of a model.
 
-  Both configs get the begin, end and padding tokens of the tokenizer, with which the model was
-  trained.
+  Both configs get the begin, end and padding tokens of the tokenizer that the model was trained
+  with.
 
   Args:
+    folder: an existing folder.
+    checkpoint: the source of both configs.
+    tokenizer: the tokenizer to save; None writes none.
     more: further keys of config.json.
   """
   hf_config = {key: value for key, value in checkpoint.hf_config.items() if key not in DROPPED_KEYS}
@@ -163,7 +172,7 @@ def write_config_files(
   if checkpoint.cfg.classes and tokenizer:
     hf_config["pad_token_id"] = repo.choose_pad_token(checkpoint, tokenizer)
   if hf_config["model_type"] == "gpt2" and hf_config.get("n_ctx") is None:
-    hf_config["n_ctx"] = checkpoint.cfg.P  # which llama.cpp's converter asks for
+    hf_config["n_ctx"] = checkpoint.cfg.P  # llama.cpp's converter requires it
   write_json(folder / "config.json", hf_config)
   source = checkpoint.folder / GENERATION_CONFIG
   generation = repo.read_json(source) if source.is_file() else {}
@@ -176,7 +185,7 @@ def write_config_files(
       tokenizer,
       checkpoint.tokenizer_folder,
       folder,
-      # jaxft pads on the right, and transformers must where no position_ids are given.
+      # jaxft pads on the right. transformers must too: without position_ids it counts from 0.
       {"padding_side": "right"} if checkpoint.cfg.classes else {},
       positions=checkpoint.cfg.P,
       pad_token_id=hf_config.get("pad_token_id"),
@@ -184,15 +193,15 @@ def write_config_files(
 
 
 def validate_workdir(workdir: Path) -> list[str]:
-  """Checks that a run's model config can be written into its workdir: at most one line.
+  """Check that WORKDIR/run.model can be written; return at most one error.
 
-  It cannot where other files have the folder's name.
+  It cannot be written if that folder holds other files.
   """
   folder = workdir / RUN_MODEL
   try:
     for file in folder.iterdir():
       if file.name not in RUN_MODEL_FILES or not file.is_file():
-        what = f"a run writes its model's config there, and {file.name!r} is none of it"
+        what = f"a run saves its model's config here, but the folder holds {file.name!r}"
         return [f"{str(folder)!r}: {what}"]
   except FileNotFoundError:
     pass
@@ -202,17 +211,20 @@ def validate_workdir(workdir: Path) -> list[str]:
 
 
 def is_hf_model(folder: Path) -> bool:
-  """Whether a folder has the config.json of a model, not that of a run."""
+  """Return whether a folder has the config.json of a model, not that of a run."""
   return "model_type" in read_json_object(folder / "config.json", [])
 
 
 def save_run_model(
   workdir: Path, checkpoint: repo.HFCheckpoint, tokenizer: "PreTrainedTokenizerFast"
 ) -> None:
-  """Replaces WORKDIR/run.model by what `write_config_files` writes, in one rename.
+  """Save the config and tokenizer of a run's model to WORKDIR/run.model.
 
-  The run's checkpoints can then be used when the model's folder is gone. Raises RequestError where
-  the folder holds anything else.
+  The run's checkpoints then stay usable after the base model's folder is gone.
+
+  Raises:
+    RequestError: the folder holds other files.
+    StorageError: the disk failed.
   """
   folder = workdir / RUN_MODEL
   partial = _partial_path(folder)
@@ -229,18 +241,21 @@ def save_run_model(
 
 
 def find_run_model(workdir: Path) -> Path | None:
-  """Finds the folder of a workdir with its model's config and tokenizer.
+  """Return the folder of a workdir with its model's config and tokenizer.
 
-  A run of before 2026-11-28 has none: None.
+  Returns None for a run from before 2026-11-28, which did not save it.
   """
   folder = workdir / RUN_MODEL
-  # The backup is of a start that was killed in the middle of the replacement.
+  # The backup exists if a process was killed between the two renames of `_atomic_replace`.
   candidates = (folder, _backup_path(folder))
   return next((path for path in candidates if (path / "config.json").is_file()), None)
 
 
 def _special_ids(config: Json, tokenizer: "PreTrainedTokenizerFast | None") -> Json:
-  """The tokenizer's special tokens as keys of a config; other end tokens of the config stay."""
+  """Return the tokenizer's special tokens as keys of config.json.
+
+  Other end tokens of the config are kept.
+  """
   if tokenizer is None:
     return {}
   eos = tokenizer.eos_token_id
@@ -253,9 +268,10 @@ def _special_ids(config: Json, tokenizer: "PreTrainedTokenizerFast | None") -> J
 
 
 def check_exportable(checkpoint: repo.HFCheckpoint, tokenizer: "PreTrainedTokenizerFast") -> None:
-  """Raises RequestError where transformers would misread an export's config or tokenizer.
+  """Check before training that transformers will read an export correctly.
 
-  For the time before training: such an error is known long before there are weights to write.
+  Raises:
+    RequestError: transformers would misread the config or the tokenizer.
   """
   with tempfile.TemporaryDirectory(prefix="jaxft-") as folder:
     write_config_files(Path(folder), checkpoint, tokenizer, {})
@@ -264,15 +280,15 @@ def check_exportable(checkpoint: repo.HFCheckpoint, tokenizer: "PreTrainedTokeni
 
 
 def _check_float16_range(params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> None:
-  """Raises RequestError for a weight beyond the range of float16, if it is written in that."""
-  limit = 65520  # float16 ends at 65504, to which anything below the limit is rounded
+  """Raise RequestError if a weight exported in float16 is beyond its range."""
+  limit = 65520  # the largest float16 is 65504; anything below the limit rounds to it
   for tensor in hf_tensors(params, checkpoint, always_float32):
     if dtype_of(tensor.name) == np.float16:
       maxima = (float(np.abs(chunk).max(initial=0)) for chunk in tensor.chunks())
       largest = max(maxima, default=0.0)
-      if not largest < limit:  # NaN neither
+      if not largest < limit:  # also true for NaN
         raise RequestError(
-          f"{tensor.name} has a weight of {largest:.6g}, and float16 ends at 65504; "
+          f"{tensor.name} has a weight of {largest:.6g}, beyond float16's maximum of 65504; "
           "export in bfloat16 or float32"
         )
 
@@ -280,7 +296,7 @@ def _check_float16_range(params: Params, checkpoint: repo.HFCheckpoint, dtype_of
 def _plan_files(
   params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str
 ) -> tuple[dict[str, dict[str, ExportTensor]], StateDictSplit]:
-  """Plans the tensors of each file, in the order of writing; returns the library's plan too."""
+  """Return the tensors of each file in writing order, and the library's own plan."""
   tensors = {tensor.name: tensor for tensor in hf_tensors(params, checkpoint, dtype_of)}
   plan = split_state_dict_into_shards_factory(
     tensors,
@@ -289,7 +305,7 @@ def _plan_files(
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=max_shard_size,
   )
-  # Wide dtypes first: each tensor then begins at a multiple of its own item size.
+  # Wide dtypes first, so that each tensor starts at a multiple of its item size.
   files = {
     file: {it: tensors[it] for it in sorted(names, key=lambda it: -tensors[it].dtype.itemsize)}
     for file, names in plan.filename_to_tensors.items()
@@ -298,7 +314,10 @@ def _plan_files(
 
 
 def _write_safetensors(file: Path, tensors: dict[str, ExportTensor]) -> None:
-  """Writes a file with one tensor in memory at a time: the library's writer wants all (0.8)."""
+  """Write a safetensors file with one tensor in memory at a time.
+
+  The library's own writer needs all tensors in memory (0.8).
+  """
   header: Json = {"__metadata__": {"format": "pt"}}
   end = 0
   for name, tensor in tensors.items():
@@ -306,7 +325,7 @@ def _write_safetensors(file: Path, tensors: dict[str, ExportTensor]) -> None:
     dtype = load_weights.DTYPE_NAMES[tensor.dtype]
     header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
   text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+  text += b" " * (-len(text) % 8)  # the data must start at a multiple of 8 bytes
   with file.open("wb") as stream:
     stream.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
@@ -317,9 +336,10 @@ def _write_safetensors(file: Path, tensors: dict[str, ExportTensor]) -> None:
 
 
 def _atomic_replace(partial: Path, out: Path) -> None:
-  """Renames; an old model stays until the new one is there, but for a moment.
+  """Rename `partial` to `out`.
 
-  See `_recover_replace`.
+  The old `out` is kept as a backup until the rename has succeeded. A kill between the two renames
+  leaves only the backup, which `_recover_replace` restores.
   """
   backup = _backup_path(out)
   shutil.rmtree(backup, ignore_errors=True)
@@ -334,7 +354,7 @@ def _atomic_replace(partial: Path, out: Path) -> None:
 
 
 def _recover_replace(out: Path) -> None:
-  """Gives the old model its name again where a process ended between the two renames."""
+  """Restore the backup if an earlier process ended between the two renames."""
   backup = _backup_path(out)
   if backup.exists() and not out.exists():
     backup.rename(out)

@@ -1,4 +1,4 @@
-"""Parameters -> tensors as Hugging Face names, shapes and stores them, one at a time."""
+"""Converts parameters to Hugging Face tensors, one at a time."""
 
 import functools
 import math
@@ -17,13 +17,16 @@ from jaxft.utils.types import Params
 
 EXPORT_DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 CHUNK_BYTES = 2**25
-DtypeFn = Callable[[str], np.dtype]  # of each tensor, by its full name
+DtypeFn = Callable[[str], np.dtype]  # full name of a tensor -> the dtype to export it in
 
 
 def make_dtype_fn(checkpoint: repo.HFCheckpoint, dtype: str) -> DtypeFn:
-  """Returns the dtype of each tensor: one of `EXPORT_DTYPES`, or for "source" the checkpoint's own.
+  """Return a function from a tensor's name to its export dtype.
 
-  A new head, which the checkpoint lacks, is float32.
+  Args:
+    checkpoint: read only for "source".
+    dtype: one of `EXPORT_DTYPES`, or "source" for each tensor's dtype in the checkpoint. A tensor
+      that the checkpoint lacks, such as a new head, is float32.
   """
   if dtype != "source":
     return lambda name: EXPORT_DTYPES[dtype]
@@ -33,7 +36,10 @@ def make_dtype_fn(checkpoint: repo.HFCheckpoint, dtype: str) -> DtypeFn:
 
 
 class ExportTensor(NamedTuple):
-  """A tensor to be written; it leaves the devices chunk by chunk, in the order of its bytes."""
+  """A tensor to write.
+
+  Its chunks are copied from the devices one at a time, in byte order.
+  """
 
   name: str
   dtype: np.dtype
@@ -41,26 +47,28 @@ class ExportTensor(NamedTuple):
   chunks: Callable[[], Iterator[np.ndarray]]
 
   def to_numpy(self) -> np.ndarray:
-    """The whole tensor."""
+    """Return the whole tensor."""
     return np.concatenate([chunk.reshape(-1) for chunk in self.chunks()]).reshape(self.shape)
 
   @property
   def nbytes(self) -> int:
+    """Size in bytes."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
 def always_float32(name: str) -> np.dtype:
+  """Return float32 for every tensor: a `DtypeFn`."""
   return EXPORT_DTYPES["float32"]
 
 
 def hf_tensors(
   params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn = always_float32
 ) -> Iterator[ExportTensor]:
-  """Yields parameters as the checkpoint's family names and shapes them; gradients too."""
+  """Yield parameters (or gradients) as tensors of the checkpoint's family."""
   leaves: Params = flatten_dict(params, sep=".")
   for rule in checkpoint.family.rules:
     if rule.param not in leaves:
-      continue  # a tied head, or one of the other kind
+      continue  # a tied head, or the kind of head that this model does not have
     leaf = leaves.pop(rule.param)
     shape = layer_shape(rule, leaf.shape, checkpoint.cfg.V)
     for layer in range(leaf.shape[0]) if rule.by_layer else (None,):
@@ -85,9 +93,9 @@ def _chunks(
   shape: tuple[int, ...],
   index: int,
 ) -> Iterator[np.ndarray]:
-  """Yields one chunk, or of a vocabulary table as many rows at a time as `CHUNK_BYTES` holds.
+  """Yield a tensor as one chunk, or a vocabulary table as chunks of `CHUNK_BYTES`.
 
-  Such a table is the largest tensor of most models.
+  The vocabulary table is the largest tensor of most models.
   """
   if not rule.layout.startswith("V "):
     padded = _to_host(leaf, layer, dtype)
@@ -100,10 +108,11 @@ def _chunks(
 
 
 def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
-  """Copies an array, or a layer of it, shard by shard: np.asarray would cache a second copy in it.
+  """Copy an array, or one layer of it, to host memory.
 
-  What other processes hold is gathered, one chunk at a time; all of them must ask for the same
-  chunks in the same order.
+  Shards are copied one at a time, because np.asarray would cache a second copy inside the array.
+  Shards of other processes are gathered. That is a collective, so all processes must ask for the
+  same chunks in the same order.
   """
   if not array.is_fully_addressable:
     assert isinstance(array.sharding, NamedSharding)  # all processes share a mesh
@@ -119,9 +128,10 @@ def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
 
 
 def round_to_dtype(params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> Params:
-  """Rounds the parameters to the dtype in which they are written, if it is one.
+  """Round the parameters to their export dtype, and return them as float32.
 
-  Only an unchanged source has several.
+  Parameters with several export dtypes are returned unchanged. That happens only for an unmodified
+  source, which needs no rounding.
   """
   dtypes = {tensor.dtype for tensor in hf_tensors(params, checkpoint, dtype_of)}
   if len(dtypes) != 1:

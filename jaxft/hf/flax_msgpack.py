@@ -1,9 +1,10 @@
-"""Lists the tensors of a flax_model.msgpack without reading them, and without Flax's model classes.
+"""Lists the tensors of a flax_model.msgpack without reading their data.
 
-The format: nested maps with text keys (https://github.com/msgpack/msgpack/blob/master/spec.md), and
-for each array an extension of type 1 that holds (shape, dtype name, bytes), as
-`flax.serialization` writes it. Its msgpack_restore holds all of a file in memory (768 MiB at its
-peak for 576 MiB), and takes negative sizes, and leaves that are no arrays.
+The format is nested maps with text keys (https://github.com/msgpack/msgpack/blob/master/spec.md).
+Each array is an extension of type 1 that holds (shape, dtype name, bytes), as written by
+`flax.serialization`. We do not use its msgpack_restore for two reasons. It reads the whole file
+into memory (768 MiB peak for a file of 576 MiB). It also accepts negative sizes and leaves that are
+not arrays.
 """
 
 import math
@@ -20,27 +21,27 @@ DTYPES = {
   "float16": np.dtype("float16"),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-NDARRAY_TYPE = 1  # of the extension
+NDARRAY_TYPE = 1  # Flax's extension type for arrays
 EXT_TAGS = (0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8)
-# Bounds that no checkpoint comes near.
+# Limits against hostile files, far above those of any real checkpoint.
 MAX_DEPTH = 16
 MAX_KEY_BYTES = 256
 
-# Path, dtype, shape and offset of the bytes.
+# Path, dtype, shape, and offset of the data in the file.
 Entry: TypeAlias = tuple[tuple[str, ...], np.dtype, tuple[int, ...], int]
 
 
 class MalformedError(ValueError):
-  """Not a file that flax.serialization wrote."""
+  """The file was not written by flax.serialization, or is damaged."""
 
 
 def list_arrays(file: Path) -> Iterator[Entry]:
-  """Yields every array; raises MalformedError."""
+  """Yield every array of a file; raise MalformedError for a malformed one."""
   with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
     reader = _Reader(data)
     yield from reader.node(())
     if reader.pos != len(data):
-      raise MalformedError(f"{len(data) - reader.pos} bytes after its end")
+      raise MalformedError(f"{len(data) - reader.pos} extra bytes at the end")
 
 
 class _Reader:
@@ -50,7 +51,7 @@ class _Reader:
 
   def read(self, size: int) -> bytes:
     if self.pos + size > len(self.data):
-      raise MalformedError("it ends too early")
+      raise MalformedError("the file is truncated")
     self.pos += size
     return self.data[self.pos - size : self.pos]
 
@@ -58,16 +59,18 @@ class _Reader:
     return int.from_bytes(self.read(size), "big")
 
   def length(self, what: str, fixed: range, wide: dict[int, int]) -> int:
-    """Reads a length: the tag's index in `fixed`, or the number after a tag of `wide`.
+    """Read the length of a `what`, in one of msgpack's two encodings.
 
     Args:
-      wide: tag -> bytes of that number.
+      what: the expected kind of value, for the error.
+      fixed: tags that contain the length: it is the tag's index in this range.
+      wide: tags that precede the length -> size of the length in bytes.
     """
     tag = self.uint(1)
     if tag in fixed:
       return tag - fixed.start
     if tag not in wide:
-      raise MalformedError(f"no {what} at byte {self.pos - 1}")
+      raise MalformedError(f"expected {what} at byte {self.pos - 1}")
     return self.uint(wide[tag])
 
   def text(self) -> str:
@@ -90,7 +93,7 @@ class _Reader:
     length = self.uint(wide) if wide else 0
     end = self.pos + 1 + length
     if not wide or self.uint(1) != NDARRAY_TYPE or self.uint(1) != 0x93:
-      raise MalformedError(f"{'.'.join(path)}: an extension that is no array")
+      raise MalformedError(f"{'.'.join(path)}: an extension that is not an array")
     ndim = self.length("shape", range(0x90, 0xA0), {})
     sizes = {0xCC: 1, 0xCD: 2, 0xCE: 4}
     shape = tuple(self.length("size", range(0x80), sizes) for _ in range(ndim))
@@ -102,5 +105,5 @@ class _Reader:
     start = self.pos
     self.pos += size
     if self.pos > len(self.data):
-      raise MalformedError("it ends too early")
+      raise MalformedError("the file is truncated")
     return DTYPES[name], shape, start

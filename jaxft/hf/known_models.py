@@ -1,4 +1,7 @@
-"""The config.json of published checkpoints, where it differs from transformers' defaults."""
+"""The config.json of published checkpoints.
+
+Only values that differ from transformers' defaults are listed.
+"""
 
 from jaxft.utils.types import Json
 

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder, read straight into their shards."""
+"""Reads the weights of a Hugging Face folder directly into sharded arrays."""
 
 import functools
 import json
@@ -29,16 +29,16 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorRef(NamedTuple):
-  """Where one tensor lies in a file."""
+  """The location of one tensor in a file."""
 
   file: Path
   dtype: np.dtype
   shape: tuple[int, ...]
   offset: int  # bytes from the start of the file
-  transposed: bool = False  # in the file
+  transposed: bool = False  # the file stores the transpose, as Flax does for kernels
 
   def view(self) -> np.ndarray:
-    """Memory-maps the tensor: bytes are read when used, and leave memory with the view."""
+    """Memory-map the tensor: bytes are read on use and freed with the view."""
     if not math.prod(self.shape):
       return np.empty(self.shape, self.dtype)
     stored = self.shape[::-1] if self.transposed else self.shape
@@ -46,7 +46,7 @@ class TensorRef(NamedTuple):
     return view.T if self.transposed else view
 
   def bytes_equal(self, chunks: Iterable[np.ndarray]) -> bool:
-    """Whether the file's bytes are those of the chunks, one after another."""
+    """Return whether the file's bytes equal those of the concatenated chunks."""
     left = math.prod(self.shape) * self.dtype.itemsize
     with self.file.open("rb") as stream:
       stream.seek(self.offset)
@@ -60,18 +60,20 @@ class TensorRef(NamedTuple):
 
 
 class MergedTensor(NamedTuple):
-  """A matrix with what a LoRA adapter adds to it."""
+  """A matrix and the LoRA adapter to add to it."""
 
   tensor: "StoredTensor"
   a: np.ndarray  # (rank, inputs), float32
   b: np.ndarray  # (outputs, rank), float32, times the adapter's scale
-  inputs_first: bool  # as in Conv1D's matrices
+  inputs_first: bool  # the matrix is (inputs, outputs), as in Conv1D
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """Shape of the matrix."""
     return self.tensor.shape
 
   def view(self) -> np.ndarray:
+    """Compute the merged matrix in float32."""
     delta = self.a.T @ self.b.T if self.inputs_first else self.b @ self.a
     return self.tensor.view().astype(np.float32) + delta
 
@@ -80,39 +82,38 @@ StoredTensor: TypeAlias = TensorRef | TorchTensor | MergedTensor
 
 
 def list_tensors(folder: Path, torch_bin: bool = False) -> dict[str, TensorRef | TorchTensor]:
-  """Lists the tensors of the weight files by their names in torch; only headers are read."""
+  """List a folder's tensors by their names in torch; read only headers."""
   tensors = {}
   readers = {".safetensors": _safetensors, ".msgpack": _flax_msgpack, ".bin": _torch}
   for file in repo.weight_files(folder, torch_bin):
     if file.suffix not in readers:
-      raise RequestError(f"{file}: not a file of weights; their names end in {', '.join(readers)}")
+      raise RequestError(f"{file}: not a weight file; supported are {', '.join(readers)}")
     for name, tensor in readers[file.suffix](file).items():
       if name in tensors:
-        raise RequestError(f"{file}: tensor {name!r} is in another file of the folder too")
+        raise RequestError(f"{file}: another file of the folder also has tensor {name!r}")
       tensors[name] = tensor
   return tensors
 
 
 def _safetensors(file: Path) -> dict[str, TensorRef]:
   try:
-    # The library checks header, offsets and length against the file.
+    # Opening is a check: the library compares header, offsets and length with the file.
     with safe_open(file, framework="numpy"):
       pass
     with file.open("rb") as stream:
       size = int.from_bytes(stream.read(8), "little")
       header = json.loads(stream.read(size), object_pairs_hook=repo.reject_duplicate_keys)
   except (SafetensorError, OSError, ValueError, RecursionError) as error:
-    raise RequestError(
-      f"{file}: not a safetensors file, or a damaged one ({first_line(error)})"
-    ) from error
+    raise RequestError(f"{file}: not a valid safetensors file ({first_line(error)})") from error
   header.pop("__metadata__", None)
   tensors = {}
   for name, entry in header.items():
     if entry["dtype"] in ("BOOL", "U8"):
-      continue  # causal masks of old checkpoints; a weight of this dtype is then missing by name
+      # Causal masks of old checkpoints. A weight of this dtype is reported as missing later.
+      continue
     if entry["dtype"] not in DTYPES:
       raise RequestError(
-        f"{file}: tensor {name!r} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}"
+        f"{file}: tensor {name!r} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}"
       )
     tensors[name] = TensorRef(
       file=file,
@@ -124,7 +125,10 @@ def _safetensors(file: Path) -> dict[str, TensorRef]:
 
 
 def _flax_msgpack(file: Path) -> dict[str, TensorRef]:
-  """Flax has other names, and stores kernels as the transpose of torch's (Conv1D's too)."""
+  """List the tensors of a Flax file by their names in torch.
+
+  Flax stores kernels as the transpose of torch's weights, also of Conv1D's.
+  """
   tensors = {}
   try:
     for path, dtype, shape, offset in flax_msgpack.list_arrays(file):
@@ -132,15 +136,13 @@ def _flax_msgpack(file: Path) -> dict[str, TensorRef]:
       leaf = "weight" if path[-1] in ("kernel", "embedding", "scale") else path[-1]
       name = ".".join((*path[:-1], leaf))
       if name in tensors:
-        raise ValueError(f"{name!r} is in it twice")
+        raise ValueError(f"it has {name!r} twice")
       shape = shape[::-1] if kernel else shape
       tensors[name] = TensorRef(
         file=file, dtype=dtype, shape=shape, offset=offset, transposed=kernel
       )
   except (OSError, ValueError, IndexError) as error:
-    raise RequestError(
-      f"{file}: not a file that Flax wrote, or a damaged one ({first_line(error)})"
-    ) from error
+    raise RequestError(f"{file}: not a valid Flax file ({first_line(error)})") from error
   return tensors
 
 
@@ -149,22 +151,29 @@ def _torch(file: Path) -> dict[str, TorchTensor]:
     return torch_pickle.load_tensors(file)
   except ImportError as error:
     raise RequestError(
-      f"{file}: torch reads such files, and it is not installed: pip install torch"
+      f"{file}: reading this file needs torch, which is not installed: pip install torch"
     ) from error
   except (OSError, ValueError) as error:
     raise RequestError(
-      f"{file}: not weights that torch reads with weights_only ({first_line(error)})"
+      f"{file}: torch cannot read these weights with weights_only ({first_line(error)})"
     ) from error
 
 
 def load_params(checkpoint: repo.HFCheckpoint, shapes: Params, shardings: PyTree) -> Params:
-  """Loads the checkpoint's parameters with the shapes, dtypes and shardings of two trees.
+  """Load the checkpoint's parameters into sharded arrays.
 
-  Both are trees of `model.abstract_model`; one sharding is that of all. Each process reads only the
-  slices that its devices hold, and at most one parameter is in host memory besides the arrays
-  themselves. Every tensor is used exactly once: an unknown, a missing, a misshaped or an untied one
-  raises RequestError with its name. A new classification head is drawn; it replaces the folder's
-  language head.
+  Each process reads only the slices that its devices hold. Besides the arrays themselves, host
+  memory holds at most one parameter at a time. Every tensor must be used exactly once. A new
+  classification head is drawn at random and replaces the folder's language head.
+
+  Args:
+    checkpoint: the folder and its config.
+    shapes: shapes and dtypes, nested as in `model.abstract_model`.
+    shardings: the same tree of shardings, or one sharding for all.
+
+  Raises:
+    RequestError: a tensor is unknown, missing, of the wrong shape, or differs from the one that it
+      is tied to; the message names it.
   """
   repo.verify_checksums(checkpoint.folder, weights=True)
   tensors = _tensors_by_name(checkpoint)
@@ -180,9 +189,8 @@ def load_params(checkpoint: repo.HFCheckpoint, shapes: Params, shardings: PyTree
     readers[path] = functools.partial(_read_slice, rule, checkpoint.cfg.V, layers, leaf.shape)
   if tensors:
     raise RequestError(
-      f"{checkpoint.folder}: tensor {min(tensors)!r} does not belong in a "
-      f"{checkpoint.hf_config['model_type']} model of {checkpoint.cfg.L} layers "
-      f"({len(tensors)} such tensors)"
+      f"{checkpoint.folder}: a {checkpoint.hf_config['model_type']} model of {checkpoint.cfg.L} "
+      f"layers has no tensor {min(tensors)!r} ({len(tensors)} such tensors)"
     )
   shardings: PyTree = flatten_dict(jax.tree.broadcast(shardings, shapes), sep=".")
 
@@ -195,13 +203,14 @@ def load_params(checkpoint: repo.HFCheckpoint, shapes: Params, shardings: PyTree
 
 
 def _tensors_by_name(checkpoint: repo.HFCheckpoint) -> dict[str, StoredTensor]:
-  """The folder's tensors by their names without prefix, less buffers and a tied head."""
+  """Return the folder's tensors by short name, without buffers and a tied head."""
   tensors: dict[str, StoredTensor] = {}
   for name, tensor in list_tensors(checkpoint.folder, checkpoint.torch_bin).items():
     short = short_name(name)
     if short in tensors:
       raise RequestError(
-        f"{checkpoint.folder}: tensor {short!r} is there with and without {weight_map.PREFIX!r}"
+        f"{checkpoint.folder}: tensor {short!r} occurs both with and without the prefix "
+        f"{weight_map.PREFIX!r}"
       )
     if not any(re.fullmatch(pattern, short) for pattern in checkpoint.family.buffers):
       tensors[short] = tensor
@@ -224,9 +233,9 @@ def _tensors_by_name(checkpoint: repo.HFCheckpoint) -> dict[str, StoredTensor]:
 def _merge_lora(
   checkpoint: repo.HFCheckpoint, adapter: Path, tensors: dict[str, StoredTensor]
 ) -> None:
-  """Replaces each tensor that the adapters change by a `MergedTensor`.
+  """Replace each tensor that has an adapter by a `MergedTensor`.
 
-  Raises RequestError for a tensor that does not exist.
+  Raises RequestError for an adapter of a tensor that does not exist.
   """
   file = adapter / repo.ADAPTER_WEIGHTS
   config_file = adapter / repo.ADAPTER_CONFIG
@@ -242,8 +251,8 @@ def _merge_lora(
   missing = [name for module in modules if (name := f"{module}.lora_B.weight") not in adapters]
   if unknown or missing or not modules:
     raise RequestError(
-      f"{file}: {min([*unknown, *missing], default='no tensor in it')!r}: "
-      "not the adapters of plain LoRA"
+      f"{file}: not the adapters of plain LoRA "
+      f"({min([*unknown, *missing], default='no tensor in it')!r})"
     )
   inputs_first = checkpoint.hf_config["model_type"] == "gpt2"
   for module in sorted(modules):
@@ -252,8 +261,8 @@ def _merge_lora(
     shape = (a.shape[-1], b.shape[0]) if inputs_first else (b.shape[0], a.shape[-1])
     if name not in tensors or tensors[name].shape != shape or not a.shape[0] == b.shape[-1] == rank:
       raise RequestError(
-        f"{file}: {module!r} {a.shape}, {b.shape}: no such matrix in {checkpoint.folder}, "
-        f"or of rank {rank}"
+        f"{file}: {module!r} has shapes {a.shape} and {b.shape}, which fit no matrix of "
+        f"{checkpoint.folder} at rank {rank}"
       )
     tensors[name] = MergedTensor(
       tensor=tensors[name], a=a, b=alpha / rank * b, inputs_first=inputs_first
@@ -271,7 +280,10 @@ def _take_tensors(
   rule: Rule,
   shape: tuple[int, ...],
 ) -> list[list[StoredTensor]]:
-  """Takes a parameter's tensors out of `tensors`: for each layer, those that are stacked in it."""
+  """Remove a parameter's tensors from `tensors` and return them.
+
+  Returns one list per layer, in the order of the stacking axis.
+  """
   folder = checkpoint.folder
   expected = weight_map.hf_shape(rule.layout, layer_shape(rule, shape, checkpoint.cfg.V))
   layers = []
@@ -283,7 +295,7 @@ def _take_tensors(
       if tensors[name].shape != expected:
         raise RequestError(
           f"{folder}: tensor {name!r} has shape {tensors[name].shape}, "
-          f"config.json asks for {expected}"
+          f"but config.json requires {expected}"
         )
     layers.append([tensors.pop(name) for name in names])
   return layers
@@ -296,13 +308,17 @@ def _read_slice(
   shape: tuple[int, ...],
   index: tuple[slice, ...],
 ) -> np.ndarray:
-  """Copies the slice of a parameter that one device holds out of the files, as float32."""
+  """Read the slice of a parameter that one device holds, as float32.
+
+  `layers` has the tensors of each layer (of one for a parameter without a layer axis). If several
+  tensors form one parameter, as q, k and v do, they are read one by one along the stacking axis.
+  """
   index = tuple(slice(*cut.indices(size)) for cut, size in zip(index, shape, strict=True))
   result = _empty_aligned(tuple(cut.stop - cut.start for cut in index))
   targets, cuts = (result, index[1:]) if rule.by_layer else (result[None], index)
   axis = weight_map.stacking_axis(rule.layout)
   unpadded = layer_shape(rule, shape, V)
-  # Rows that pad the vocabulary, which is always the first axis.
+  # The files lack the rows that pad the vocabulary (always the first axis). Those rows are zero.
   if unpadded != shape and not rule.by_layer:
     num_rows = max(0, V - index[0].start)
     result[num_rows:] = 0
@@ -318,7 +334,10 @@ def _read_slice(
 
 
 def _empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
-  """Empty float32 at a multiple of 64 bytes, which JAX on a CPU uses as it is, without a copy."""
+  """Allocate aligned float32 memory.
+
+  JAX on a CPU can use memory aligned to 64 bytes without a copy.
+  """
   size = 4 * math.prod(shape)
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64

@@ -1,4 +1,7 @@
-"""Parses a config.json: an option that changes the maths is honoured or refused, never ignored."""
+"""Parses a config.json.
+
+An option that changes the maths is applied or refused, never ignored.
+"""
 
 import dataclasses
 import re
@@ -8,16 +11,17 @@ from jaxft.model.config import ModelConfig
 from jaxft.utils import environment
 from jaxft.utils.types import Json
 
-# config.json key -> the only value whose maths is built; a missing key has this value in
-# transformers too. reorder_and_upcast_attn is no such key: scores are always float32 in jaxft.
+# config.json key -> the only supported value. In transformers a missing key means this value too.
+# reorder_and_upcast_attn is not listed: jaxft always computes attention scores in float32.
 GPT2_REQUIRED = {"add_cross_attention": False}
 REQUIRED = {"quantization_config": None}
-# transformers' names of one function, gelu by tanh, and of the other, by the error function.
+# transformers' names of GELU's tanh approximation, and of exact GELU (with the error function).
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
 EXACT_GELU = ("gelu", "gelu_python")
 
 
 def gpt2(config: Json) -> ModelConfig:
+  """Parse a GPT-2 config that transformers has completed with its defaults."""
   _check_required(config, GPT2_REQUIRED)
   cfg = _parse_gpt(config)
   return dataclasses.replace(
@@ -28,6 +32,7 @@ def gpt2(config: Json) -> ModelConfig:
 
 
 def gptj(config: Json) -> ModelConfig:
+  """Parse a GPT-J config that transformers has completed with its defaults."""
   cfg = _parse_gpt(config)
   rotary_dim = config["rotary_dim"]
   if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= cfg.H:
@@ -41,7 +46,7 @@ def gptj(config: Json) -> ModelConfig:
 
 
 def _parse_gpt(config: Json) -> ModelConfig:
-  """Parses the keys that GPT-2 and GPT-J share."""
+  """Parse the keys that GPT-2 and GPT-J share."""
   D, N = _get_size(config, "n_embd"), _get_size(config, "n_head")
   H = _get_head_size("n_embd", D, "n_head", N)
   return ModelConfig(
@@ -64,14 +69,15 @@ def _parse_gpt(config: Json) -> ModelConfig:
 
 
 def gpt_neo(config: Json) -> ModelConfig:
+  """Parse a GPT-Neo config that transformers has completed with its defaults."""
   D, N = _get_size(config, "hidden_size"), _get_size(config, "num_heads")
   L = _get_size(config, "num_layers", at_most=2**16)
   window = _get_size(config, "window_size", at_most=2**30)
   kinds = config["attention_layers"]
   if len(kinds) != L or set(kinds) - {"global", "local"}:
     raise RequestError(
-      f"config.json: attention_types names global or local for {len(kinds)} layers, "
-      f"num_layers is {L}"
+      f"config.json: attention_types must name global or local for each layer; it has "
+      f"{len(kinds)} layers, and num_layers is {L}"
     )
   return ModelConfig(
     V=_get_size(config, "vocab_size"),
@@ -86,7 +92,7 @@ def gpt_neo(config: Json) -> ModelConfig:
     attention_dropout=_get_rate(config, "attention_dropout"),
     residual_dropout=_get_rate(config, "resid_dropout"),
     init_std=config["initializer_range"],
-    attention_scale=1.0,  # the published models were trained without one
+    attention_scale=1.0,  # the published models were trained without 1 / sqrt(H)
     windows=tuple(window if kind == "local" else 0 for kind in kinds),
     qkv_bias=False,
     exact_gelu=_exact_gelu(config),
@@ -98,53 +104,59 @@ FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "gptj": gptj}
 
 
 def from_hf_config(config: Json) -> ModelConfig:
-  """Returns the `ModelConfig` of a parsed config.json; raises RequestError naming the wrong key.
+  """Return the `ModelConfig` of a parsed config.json.
 
-  transformers' own config class reads it first: defaults, types and second names (`hidden_size` for
-  `n_embd`) are its own.
+  transformers' config class reads it first, so that defaults, types and aliases (`hidden_size` for
+  `n_embd`) are those of transformers.
+
+  Raises:
+    RequestError: a value is wrong or not supported; the message names its key.
   """
   family = config.get("model_type")
   if not isinstance(family, str) or family not in FAMILIES:
     raise RequestError(
-      f"config.json: model_type={family!r} is not supported, only {', '.join(FAMILIES)}"
+      f"config.json: model_type={family!r} is not supported; supported are {', '.join(FAMILIES)}"
     )
   _check_required(config, REQUIRED)
   _check_num_layers(config.get("attention_types"))
   environment.quiet_transformers()
-  import transformers  # half a second
+  import transformers  # takes half a second, so only when needed
 
   try:
     parsed = transformers.CONFIG_MAPPING[family].from_dict(dict(config)).to_dict()
-  except Exception as error:  # whatever its checks raise; a list of layers may not be one at all
+  except Exception as error:  # its checks raise many classes, e.g. if a list is not a list
     raise RequestError(f"config.json: {' '.join(str(error).split())}") from error
-  # Only config.json decides whether the head is tied, which is the default of two families.
+  # Only config.json decides whether the head is tied. Without the key, all but GPT-J are tied.
   parsed["tie_word_embeddings"] = config.get("tie_word_embeddings", family != "gptj")
   return dataclasses.replace(FAMILIES[family](parsed), classes=_num_labels(config))
 
 
 def _check_num_layers(attention_types: object) -> None:
-  """Refuses [[["global"], 10**9]]: the config class would write out a list of as many layers."""
+  """Refuse [[["global"], 10**9]].
+
+  transformers' config class would expand it into a list of 10**9 items.
+  """
   text = str(attention_types)
   if len(text) > 2**16 or any(int(number) > 2**16 for number in re.findall(r"\d+", text)):
-    raise RequestError("config.json: attention_types names more layers than a model has")
+    raise RequestError("config.json: attention_types has too many layers (over 65536)")
 
 
 def _num_labels(config: Json) -> int:
-  """Returns a classifier's number of classes; 0 for a model that writes text."""
+  """Return a classifier's number of classes; 0 for a language model."""
   architectures = config.get("architectures")
   names = map(str, architectures) if isinstance(architectures, list) else ()
   if not any(name.endswith("ForSequenceClassification") for name in names):
     return 0
   classes = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
   if not isinstance(classes, int) or not 0 < classes < 2**16:
-    raise RequestError(f"config.json: num_labels={classes!r} is no number of classes")
+    raise RequestError(f"config.json: num_labels={classes!r} must be an integer from 1 to 65535")
   return classes
 
 
 def _check_required(config: Json, required: Json) -> None:
   for key, value in required.items():
     if config.get(key, value) != value:
-      raise RequestError(f"config.json: {key}={config[key]!r} is not supported, only {value!r}")
+      raise RequestError(f"config.json: {key}={config[key]!r} is not supported; only {value!r} is")
 
 
 def _exact_gelu(config: Json) -> bool:
@@ -152,7 +164,8 @@ def _exact_gelu(config: Json) -> bool:
   known = TANH_GELU + EXACT_GELU
   if name not in known:
     raise RequestError(
-      f"config.json: activation_function={name!r} is not supported, only {', '.join(known)}"
+      f"config.json: activation_function={name!r} is not supported; supported are "
+      f"{', '.join(known)}"
     )
   return name in EXACT_GELU
 
@@ -160,13 +173,13 @@ def _exact_gelu(config: Json) -> bool:
 def _get_size(config: Json, key: str, default: int = 0, at_most: int = 2**24) -> int:
   size = config[key] or default
   if not isinstance(size, int) or not 0 < size <= at_most:
-    raise RequestError(f"config.json: {key}={size!r} is no size of a model")
+    raise RequestError(f"config.json: {key}={size!r} must be an integer from 1 to {at_most}")
   return size
 
 
 def _get_rate(config: Json, key: str) -> float:
   if not isinstance(config[key], int | float) or not 0 <= config[key] < 1:
-    raise RequestError(f"config.json: {key}={config[key]!r} is no rate of dropout")
+    raise RequestError(f"config.json: {key}={config[key]!r} must be at least 0 and below 1")
   return float(config[key])
 
 

@@ -1,4 +1,7 @@
-"""Adapters in PEFT's format (read by 0.21): adapter_config.json, adapter_model.safetensors."""
+"""Saves LoRA adapters in PEFT's format.
+
+The files are adapter_config.json and adapter_model.safetensors. PEFT 0.21 reads them.
+"""
 
 import os
 from pathlib import Path
@@ -37,7 +40,10 @@ model = {auto}.from_pretrained("path/to/this/folder")
 
 
 def _model_card(config: Json) -> str:
-  """Returns README.md of the adapters; a base folder is named by its last part, not as a hub id."""
+  """Return README.md of the adapters.
+
+  A local base model is named by the last part of its path.
+  """
   path = config["base_model_name_or_path"]
   local = is_local(path)
   task = "SequenceClassification" if config["task_type"] == "SEQ_CLS" else "CausalLM"
@@ -54,7 +60,7 @@ def _model_card(config: Json) -> str:
 def _adapter_config(
   cfg: ModelConfig, model_type: str, targets: list[str], layers: tuple[int, ...], config: Config
 ) -> Json:
-  """Returns the adapter_config.json of adapters on these modules of these layers; (): of all."""
+  """Return adapter_config.json for these modules and layers; () for all layers."""
   path = config.model.path
   return {
     "peft_type": "LORA",
@@ -67,7 +73,7 @@ def _adapter_config(
     "target_modules": targets,
     "layers_to_transform": list(layers) or None,
     "layers_pattern": "h" if layers else None,
-    "fan_in_fan_out": model_type == "gpt2",  # whose products are Conv1D: inputs first
+    "fan_in_fan_out": model_type == "gpt2",  # its matrices are Conv1D's: (inputs, outputs)
     "bias": "none",
     "modules_to_save": ["score"] if cfg.classes else None,
     "inference_mode": True,
@@ -77,14 +83,20 @@ def _adapter_config(
 def save_adapters(
   folder: Path, trained: Params, cfg: ModelConfig, source: HFCheckpoint, config: Config
 ) -> None:
-  """Writes the adapters so that `peft.PeftModel.from_pretrained(base, folder)` loads them.
+  """Write the adapters in PEFT's format.
 
-  In a run of several processes all of them must call it; process 0 writes.
+  `peft.PeftModel.from_pretrained(base, folder)` loads them. In a run of several processes, all of
+  them must call it; process 0 writes.
 
   Args:
+    folder: the folder to write; created if it does not exist.
     trained: `TrainState.params`.
+    cfg: the model as the run trains it.
+    source: the base model.
+    config: the run's config.
 
-  Raises StorageError.
+  Raises:
+    StorageError: the disk failed, or the adapters read back differ from those written.
   """
   model_type = source.hf_config["model_type"]
   targets = {name: t for name, t in lora_modules(model_type).items() if t in cfg.lora_targets}
@@ -116,7 +128,7 @@ def save_adapters(
     for name, tensor in tensors.items():
       if tensor.tobytes() != saved[name].tobytes():
         raise StorageError(
-          f"adapters to {folder}: {name!r} read back differs; the disk is not to be trusted"
+          f"adapters to {folder}: {name!r} differs when read back; the disk may be failing"
         )
     partial.rename(folder / ADAPTER_WEIGHTS)
     write_json(folder / ADAPTER_CONFIG, adapter_config)

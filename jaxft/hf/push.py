@@ -9,7 +9,7 @@ from jaxft.errors import RequestError, StorageError, first_line
 
 
 def validate_push(repo: str) -> list[str]:
-  """Checks, without a network, whether an upload to `repo` can begin: at most one line."""
+  """Check offline whether an upload to `repo` can start; return at most one error."""
   try:
     huggingface_hub.utils.validate_repo_id(repo)
   except HFValidationError as error:
@@ -20,10 +20,13 @@ def validate_push(repo: str) -> list[str]:
 
 
 def push_to_hub(folder: Path, repo: str) -> str:
-  """Uploads the folder as one commit to `repo` (NAME or OWNER/NAME); returns its address.
+  """Upload the folder as one commit; return the repository's URL.
 
-  Creates the repository if it does not exist. Raises RequestError for a name or a login that cannot
-  work, and StorageError when the hub does not take the upload; the folder stays.
+  `repo` is NAME or OWNER/NAME. It is created if it does not exist. The folder is never deleted.
+
+  Raises:
+    RequestError: the name is invalid, or no one is logged in.
+    StorageError: the upload failed.
   """
   if lines := validate_push(repo):
     raise RequestError("\n".join(lines))
@@ -34,7 +37,7 @@ def push_to_hub(folder: Path, repo: str) -> str:
     )
   except Exception as error:  # hub and network errors share no class
     raise StorageError(
-      f"push_to_hub={repo!r}: {first_line(error)}; the model is in {folder}: "
-      f"`hf upload {repo} {folder}` tries again"
+      f"push_to_hub={repo!r}: {first_line(error)}; the model is still in {folder}; "
+      f"retry with `hf upload {repo} {folder}`"
     ) from error
   return str(address)

@@ -1,4 +1,7 @@
-"""Resolves a Hugging Face id or path to a folder whose files are safe to read, and its config."""
+"""Resolves a Hugging Face id or path to a folder and its parsed config.
+
+Every file is checked before it is read: it must be a regular file inside the folder.
+"""
 
 import dataclasses
 import hashlib
@@ -16,25 +19,32 @@ from jaxft.hf import model_config
 from jaxft.hf.tokenizer import TOKENIZER_FILES, VOCAB_FILES, is_special
 from jaxft.hf.weight_map import FAMILIES, Family
 from jaxft.model.config import ModelConfig
-from jaxft.utils.files import HUB_URL, exists, is_encodable, reject_lfs_pointer
+from jaxft.utils.files import (
+  HUB_URL,
+  exists,
+  is_encodable,
+  read_json_object,
+  reject_lfs_pointer,
+)
 from jaxft.utils.types import Json
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-# What using and exporting a model needs; weights in other formats stay on the hub.
+# The files needed to use and export a model. Weights in other formats are not downloaded.
 DOWNLOAD_PATTERNS = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja", "README.md"]
 WEIGHT_FORMATS = ("model.safetensors", "flax_model.msgpack")  # the first that exists is read
-TORCH_PICKLE = "pytorch_model.bin"  # read last, and only on request
-# Keys of config.json that describe a head; a new head does not inherit them.
+TORCH_PICKLE = "pytorch_model.bin"  # read last, and only on request: a pickle can run code
+# Keys of config.json that describe a head. A new head does not inherit them.
 HEAD_KEYS = ("num_labels", "_num_labels", "problem_type", "finetuning_task")
-# Of a .json or .txt file, which is read at once; the tokenizer.json of a large vocabulary has 2^25.
+# Limit for .json and .txt files, which are read whole. A large tokenizer.json has 2^25.
 MAX_TEXT_BYTES = 2**28
-PARITY_FILE = "parity.json"  # of an export: its parity report and the checksums of its files
-# Files of PEFT's adapters.
+PARITY_FILE = "parity.json"  # an export's parity report and the checksums of its files
+RUN_MODEL = "run.model"  # folder in a workdir with the config and tokenizer of the run's model
+# Files of an adapter folder in PEFT's format.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Keys of adapter_config.json -> the values of plain LoRA; any false value is plain as well.
+# Keys of adapter_config.json -> their values in plain LoRA. Any false value is plain LoRA too.
 PLAIN_LORA: dict[str, tuple[object, ...]] = {
   "peft_type": ("LORA",),
   "task_type": ("CAUSAL_LM",),
@@ -46,35 +56,39 @@ PLAIN_LORA |= dict.fromkeys(
   "arrow_config".split(),
   (),
 )
-PLAIN_LORA["init_lora_weights"] = (True, "gaussian")  # others change the base as well
-# All files of a folder that are read, besides weights and their index.
+PLAIN_LORA["init_lora_weights"] = (True, "gaussian")  # other values change the base model too
+# All files of a folder that jaxft reads, except weights and their index.
 READABLE_FILES = {"config.json", "generation_config.json", "README.md", "encoder.json", "vocab.bpe"}
 READABLE_FILES |= {PARITY_FILE, ADAPTER_CONFIG, *TOKENIZER_FILES}
 
 
 class HFCheckpoint(NamedTuple):
-  """A model folder and its parsed config; its weights are not read yet."""
+  """A model folder and its parsed config; its weights are read later."""
 
   folder: Path
   hf_config: Json
   cfg: ModelConfig
-  torch_bin: bool = False  # pickles may be read
-  # The classification head is the run's own: the folder has no weights of it.
+  torch_bin: bool = False  # whether pytorch_model*.bin may be read
+  # The run adds the classification head, so the folder has no weights for it.
   new_head: bool = False
-  adapter: Path | None = None  # PEFT's LoRA adapters, merged into the weights as they are read
-  tokenizer: Path | None = None  # folder of another tokenizer than the model's own
+  adapter: Path | None = (
+    None  # folder of LoRA adapters, which are merged into the weights on reading
+  )
+  tokenizer: Path | None = None  # folder of a tokenizer that replaces the model's own
 
   @property
   def family(self) -> Family:
+    """Weight names and class names of the model's family."""
     return FAMILIES[self.hf_config["model_type"]]
 
   @property
   def architecture(self) -> str:
+    """Name of transformers' class for this model and head."""
     return self.family.classifier if self.cfg.classes else self.family.architecture
 
   @property
   def tokenizer_folder(self) -> Path:
-    """Where the tokenizer is: adapters may have their own, with which they were trained."""
+    """Folder of the tokenizer, which may be the one of the adapters."""
     if self.tokenizer:
       return self.tokenizer
     if self.adapter and any((self.adapter / name).is_file() for name in VOCAB_FILES):
@@ -83,7 +97,7 @@ class HFCheckpoint(NamedTuple):
 
   @property
   def labels(self) -> list[str]:
-    """Names of the classes, in the order of their numbers; [] for a language model."""
+    """Class names by class id; [] for a language model."""
     names = self.hf_config.get("id2label") or {}
     return [names.get(str(i), f"LABEL_{i}") for i in range(self.cfg.classes)]
 
@@ -91,10 +105,12 @@ class HFCheckpoint(NamedTuple):
 def with_class_head(
   checkpoint: HFCheckpoint, labels: list[str], tokenizer: "PreTrainedTokenizerFast"
 ) -> HFCheckpoint:
-  """Returns the checkpoint with its own classification head, or else a new one for these labels.
+  """Return the checkpoint with its classification head, or a new one for `labels`.
 
-  A new head replaces the language head. Raises RequestError where transformers would confuse
-  padding with the token that the tokenizer itself puts after a text.
+  A new head replaces the language head.
+
+  Raises:
+    RequestError: the tokenizer ends each text with the padding token, see `choose_pad_token`.
   """
   has_head = checkpoint.cfg.classes > 0
   labels = checkpoint.labels if has_head else labels
@@ -112,10 +128,17 @@ def with_class_head(
 
 
 def choose_pad_token(checkpoint: HFCheckpoint, tokenizer: "PreTrainedTokenizerFast") -> int:
-  """Returns the padding token: transformers reads the class at the last token that is another."""
+  """Return the padding token of a classifier.
+
+  transformers reads the class at the last token that is not padding. So no text may contain the
+  padding token.
+
+  Raises:
+    RequestError: the tokenizer ends each text with the padding token.
+  """
   declared = checkpoint.hf_config.get("pad_token_id")
-  # A trained head has learned with what its config.json says. A new one needs a token that no text
-  # is made of.
+  # A trained head keeps the token of its config.json, which it was trained with. A new head needs
+  # a token that no ordinary text contains.
   if checkpoint.cfg.classes and not checkpoint.new_head:
     usable = declared in tokenizer.get_vocab().values()
   else:
@@ -125,15 +148,17 @@ def choose_pad_token(checkpoint: HFCheckpoint, tokenizer: "PreTrainedTokenizerFa
   if tokenize.special_ids_around(tokenizer)[1][-1:] == [pad_token_id]:
     raise RequestError(
       f"{checkpoint.folder}: the tokenizer ends each text with "
-      f"{tokenizer.convert_ids_to_tokens(pad_token_id)!r}, which is the "
-      "padding token too, and transformers would overlook it; give the tokenizer a pad_token of "
-      "its own"
+      f"{tokenizer.convert_ids_to_tokens(pad_token_id)!r}, which is also the "
+      "padding token, so transformers would ignore it; give the tokenizer a separate pad_token"
     )
   return pad_token_id
 
 
 def validate_model(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
-  """Checks config.model.path if it is a folder: at most one line. A hub id is not looked up."""
+  """Check config.model.path if it is a folder; return at most one error.
+
+  A hub id is not looked up.
+  """
   try:
     _reject_url(path)
     if path and is_local(path):
@@ -144,20 +169,23 @@ def validate_model(path: str, weights: bool = True, torch_bin: bool = False) -> 
 
 
 def is_local(path: str) -> bool:
-  """Whether this is a path: it exists, or it cannot be a hub id (NAME or OWNER/NAME)."""
+  """Return whether this is a path: it exists, or cannot be a hub id."""
   return exists(Path(path)) or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
 
 
 def resolve(
   path: str, revision: str = "main", weights: bool = True, torch_bin: bool = False
 ) -> HFCheckpoint:
-  """Returns the checkpoint that a folder or a hub id names; downloads it if need be.
+  """Return the checkpoint of a folder or hub id; download it if necessary.
 
   Args:
-    weights: whether the folder must hold weights.
-    torch_bin: whether pytorch_model*.bin may be read, where there are no others.
+    path: a folder or a hub id.
+    revision: branch, tag or commit of a hub id.
+    weights: whether the folder must contain weights.
+    torch_bin: whether pytorch_model*.bin may be read if no other weights exist.
 
-  Raises RequestError with the way out.
+  Raises:
+    RequestError: it is not a model that jaxft can use.
   """
   _reject_url(path)
   if is_local(path):
@@ -174,7 +202,10 @@ def resolve(
 
 
 def download(what: str, hub_id: str, patterns: list[str], revision: str | None = None) -> Path:
-  """Returns the folder with the hub's files of these patterns; raises RequestError about `what`."""
+  """Return the local folder of a hub id's files that match `patterns`.
+
+  Raises RequestError, which begins with `what`, if the hub does not deliver them.
+  """
   import huggingface_hub
 
   try:
@@ -183,24 +214,25 @@ def download(what: str, hub_id: str, patterns: list[str], revision: str | None =
     )
   except Exception as error:  # hub and network errors share no class
     raise RequestError(
-      f"{what}: no such folder, and the hub gave none ({first_line(error)}); check the id, "
-      "or give a folder"
+      f"{what}: not a local folder, and the download from the hub failed ({first_line(error)}); "
+      "check the id, or give a folder"
     ) from error
 
 
 def _reject_url(path: str) -> None:
   if not exists(Path(path)) and (url := HUB_URL.fullmatch(path)):
     if url["datasets"]:
-      raise RequestError(f"model {path!r}: the address of a data set, not of a model")
-    raise RequestError(f"model {path!r}: an address; give the id alone: {url['id']}")
+      raise RequestError(f"model {path!r}: this is the URL of a dataset, not of a model")
+    raise RequestError(f"model {path!r}: this is a URL; give only the id: {url['id']}")
 
 
 def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
   if not folder.is_dir():
     raise RequestError(
-      f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2"
+      f"model folder {str(folder)!r}: no such folder; give another, or a hub id such as gpt2"
     )
   _check_safe_files(folder, [name for name in READABLE_FILES if os.path.lexists(folder / name)])
+  _reject_workdir(folder)
   has_config = (folder / "config.json").is_file()
   has_weights = any(
     (folder / f"{name}{suffix}").is_file()
@@ -211,7 +243,7 @@ def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
     return _resolve_adapter(folder, weights, torch_bin)
   if not has_config:
     raise RequestError(
-      f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
+      f"model folder {str(folder)!r}: it has no config.json, so it is not a Hugging Face model; "
       "give a folder with config.json and model.safetensors, or a hub id such as gpt2"
     )
   verify_checksums(folder, weights=False)
@@ -220,26 +252,41 @@ def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
   return read_checkpoint(folder, torch_bin)
 
 
-def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
-  """Returns the base model that a folder of LoRA adapters names, to be merged with them when read.
+def _reject_workdir(folder: Path) -> None:
+  """Raise RequestError for the folder of a run, and name the run's export."""
+  config = read_json_object(folder / "config.json", [])
+  has_run_config = isinstance(config.get("model"), dict) and isinstance(config.get("train"), dict)
+  if "model_type" in config or not (has_run_config or (folder / RUN_MODEL).is_dir()):
+    return
+  export = folder / "export"
+  way_out = f"give its export, {str(export)!r}"
+  if not (export / "config.json").is_file():
+    way_out = f"export it first: python -m jaxft.export --workdir {folder} --out {export}"
+  raise RequestError(
+    f"model folder {str(folder)!r}: this is the folder of a run, not of a model; {way_out}"
+  )
 
-  Raises RequestError for adapters whose maths is not built.
+
+def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
+  """Return the base model of a folder of LoRA adapters.
+
+  Reading its weights merges the adapters. Raises RequestError for adapters that are not plain LoRA.
   """
   file = folder / ADAPTER_CONFIG
   config = read_json(file)
   for key, plain in PLAIN_LORA.items():
     if config.get(key) and config[key] not in plain:
       raise RequestError(
-        f"{file}: {key}={config[key]!r}: only plain LoRA can be merged here; "
-        "merge it with PEFT (merge_and_unload), and give the model"
+        f"{file}: {key}={config[key]!r} is not supported, only plain LoRA is; "
+        "merge it with PEFT (merge_and_unload), and give the merged model"
       )
   base = config.get("base_model_name_or_path")
   revision = config.get("revision") or "main"
   if not isinstance(base, str) or not base or not isinstance(revision, str):
-    raise RequestError(f"{file}: base_model_name_or_path={base!r} names no model")
+    raise RequestError(f"{file}: base_model_name_or_path={base!r} must name the base model")
   if weights and not (folder / ADAPTER_WEIGHTS).is_file():
     raise RequestError(
-      f"{folder}: no {ADAPTER_WEIGHTS} in it (an adapter_model.bin is a pickle, and not read)"
+      f"{folder}: it has no {ADAPTER_WEIGHTS} (adapter_model.bin is a pickle and is not read)"
     )
   if weights:
     _check_safe_files(folder, [ADAPTER_WEIGHTS])
@@ -247,19 +294,19 @@ def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoi
     base = str(folder / base)
   if (Path(base) / ADAPTER_CONFIG).is_file() and not (Path(base) / "config.json").is_file():
     raise RequestError(
-      f"{folder}: adapters of {base!r}, which is a folder of adapters itself; merge that one first"
+      f"{folder}: the base model {base!r} is itself a folder of adapters; merge that one first"
     )
   try:
     checkpoint = resolve(base, revision, weights, torch_bin)
   except RequestError as error:
     raise RequestError(
-      f"{folder}: adapters of {base!r}, which is not there ({first_line(error)})"
+      f"{folder}: cannot load the adapters' base model {base!r} ({first_line(error)})"
     ) from error
   return checkpoint._replace(adapter=folder)
 
 
 def read_checkpoint(folder: Path, torch_bin: bool = False) -> HFCheckpoint:
-  """Parses a folder's config.json; raises RequestError naming the folder."""
+  """Parse a folder's config.json; raise RequestError if it is wrong."""
   hf_config = read_json(folder / "config.json")
   try:
     cfg = model_config.from_hf_config(hf_config)
@@ -269,9 +316,13 @@ def read_checkpoint(folder: Path, torch_bin: bool = False) -> HFCheckpoint:
 
 
 def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
-  """Lists the weight files of the first of `WEIGHT_FORMATS` that exists: one, or an index's shards.
+  """List a folder's weight files: one file, or the shards of an index.
 
-  A shard lies in the folder itself and has the format of its index.
+  They have the first of `WEIGHT_FORMATS` that exists. Shards must be in the folder itself and have
+  the format of their index.
+
+  Raises:
+    RequestError: the folder has no weights that may be read, or an unsafe file.
   """
   for name in (*WEIGHT_FORMATS, TORCH_PICKLE) if torch_bin else WEIGHT_FORMATS:
     index = folder / f"{name}.index.json"
@@ -282,17 +333,20 @@ def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
       return _files_in_folder(folder, index, _read_index(index, Path(name).suffix))
   pickled = any(folder.glob("pytorch_model*.bin"))
   advice = (
-    f"; {TORCH_PICKLE} is a pickle, which is read (by torch, weights_only) only when asked: "
-    "--config.model.torch_bin=True to train, --torch_bin for the other commands"
+    f"; to read {TORCH_PICKLE}, a pickle, with torch (weights_only), set "
+    "--config.model.torch_bin=True to train, or --torch_bin for other commands"
   )
   raise RequestError(
-    f"model folder {str(folder)!r}: none of {', '.join(WEIGHT_FORMATS)} in it, "
-    f"whole or with an index{advice if pickled else ''}"
+    f"model folder {str(folder)!r}: it has no {' or '.join(WEIGHT_FORMATS)}, "
+    f"nor an index of either{advice if pickled else ''}"
   )
 
 
 def checksums(folder: Path) -> dict[str, str]:
-  """Returns the SHA-256 of every file of an export but its card, which people edit."""
+  """Return the SHA-256 of every file of an export, except its model card.
+
+  People edit model cards.
+  """
   excluded = (PARITY_FILE, "README.md")
   files = sorted(it for it in folder.iterdir() if it.is_file() and it.name not in excluded)
   with ThreadPoolExecutor() as threads:  # hashing releases Python's lock
@@ -301,19 +355,24 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def verify_checksums(folder: Path, weights: bool) -> None:
-  """Raises RequestError when a file of an export has changed: a flipped bit would load silently.
+  """Check the files of an export; a flipped bit would otherwise load silently.
 
-  Folders that jaxft has not exported have no checksums, and pass.
+  Folders that jaxft has not exported have no checksums and pass.
 
   Args:
-    weights: check the weights, or else all other files, which costs little.
+    folder: a model folder.
+    weights: whether to check the weights, or all other files, which is quick.
+
+  Raises:
+    RequestError: a file no longer matches its SHA-256.
   """
   if not (folder / PARITY_FILE).is_file():
     return
   expected = read_json(folder / PARITY_FILE).get("sha256", {})
   if not isinstance(expected, dict):
     raise RequestError(
-      f"{folder / PARITY_FILE}: its checksums are not a list of files; export again, or remove it"
+      f"{folder / PARITY_FILE}: its sha256 is not an object of file names; export again, or remove "
+      "this file"
     )
   names = [name for name in expected if name.endswith(".safetensors") == weights]
   files = [folder / Path(name).name for name in names]
@@ -322,9 +381,9 @@ def verify_checksums(folder: Path, weights: bool) -> None:
   for name, file, digest in zip(names, files, digests, strict=True):
     is_readable = digest.exception() is None
     if not is_readable or digest.result() != expected[name]:
-      what = "is not what was exported" if is_readable else "was exported, and cannot be read"
+      what = "has changed since the export" if is_readable else "can no longer be read"
       raise RequestError(
-        f"{file}: {what} (by its SHA-256 in {PARITY_FILE}); "
+        f"{file}: this file {what} (by its SHA-256 in {PARITY_FILE}); "
         f"export again, or remove {PARITY_FILE} if you changed it"
       )
 
@@ -337,15 +396,15 @@ def _sha256(file: Path) -> str:
 def _read_index(index: Path, suffix: str) -> list[str]:
   weight_map = read_json(index).get("weight_map")
   if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-    raise RequestError(f"{index}: not an index of weights: it has no weight_map of file names")
+    raise RequestError(f"{index}: not an index of weights: weight_map must map to file names")
   for name in weight_map.values():
     if not name.endswith(suffix):
-      raise RequestError(f"{index}: {name[:100]!r} is no {suffix} file")
+      raise RequestError(f"{index}: {name[:100]!r} is not a {suffix} file")
   return sorted(set(weight_map.values()))
 
 
 def read_json(file: Path) -> Json:
-  """Reads a JSON object; raises RequestError for anything else."""
+  """Read a JSON object; raise RequestError for anything else."""
   try:
     content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicate_keys)
   except (OSError, ValueError, RecursionError) as error:
@@ -356,19 +415,22 @@ def read_json(file: Path) -> Json:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-  """Builds a JSON object; ValueError where a key occurs twice: readers disagree on which counts."""
+  """Build a JSON object; raise ValueError if a key occurs twice.
+
+  JSON readers disagree on which of the two values counts.
+  """
   content = dict(pairs)
   if len(content) < len(pairs):
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f"{twice[:100]!r} is in it twice")
+    raise ValueError(f"it has the key {twice[:100]!r} twice")
   return content
 
 
 def _files_in_folder(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
   for name in names:
     plain = Path(name).name == name and "\0" not in name and is_encodable(name)
-    # A broken link is refused later, with advice.
+    # `_check_safe_files` refuses a broken link, with advice.
     if not plain or not os.path.lexists(folder / name) or (folder / name).is_dir():
       raise RequestError(f"{named_in}: {name[:100]!r} is not a file of this folder")
   _check_safe_files(folder, names)
@@ -376,29 +438,34 @@ def _files_in_folder(folder: Path, named_in: Path, names: list[str]) -> list[Pat
 
 
 def _check_safe_files(folder: Path, names: Iterable[str]) -> None:
-  """Raises RequestError where a file that is read or exported lies elsewhere, or is a pipe.
+  """Raise RequestError if a file is a link out of the folder, a pipe, or too large.
 
-  Other files of the folder are not looked at.
+  Only files that jaxft reads or exports are checked.
   """
-  # The hub's cache links each file to ../../blobs/HASH: only out of its own folders,
-  # models--X/snapshots/Y, may a link lead.
+  # The hub's cache links each file to ../../blobs/HASH. Only links from its folders
+  # models--X/snapshots/Y may lead that far up.
   root = folder.resolve()
   root = root.parent.parent if root.parent.name == "snapshots" else root
   for file in (folder / name for name in sorted(names)):
     if file.is_symlink() and not file.resolve().is_relative_to(root):
       raise RequestError(
-        f"{file}: a link that leads out of this folder; "
-        f"copy the folder with the files themselves: cp -rL {folder} COPY"
+        f"{file}: a link to a file outside this folder; "
+        f"copy the folder with its link targets: cp -rL {folder} COPY"
       )
     if not file.is_file() and not file.is_dir():
-      raise RequestError(f"{file}: not an ordinary file")
+      raise RequestError(f"{file}: not a regular file")
     if file.suffix in (".json", ".txt") and file.stat().st_size > MAX_TEXT_BYTES:
-      raise RequestError(f"{file}: {file.stat().st_size:,} bytes are too many for such a file")
+      raise RequestError(
+        f"{file}: too large: {file.stat().st_size:,} bytes; the limit is {MAX_TEXT_BYTES:,}"
+      )
     reject_lfs_pointer(file)
 
 
 def fingerprint(checkpoint: HFCheckpoint, whole: bool = False) -> str:
-  """Identifies the weights: by all bytes, or by sizes and 17 samples of 64 KB in each file."""
+  """Return a hash of the weights.
+
+  It covers all bytes if `whole`, otherwise the size and 17 samples of 64 KB of each file.
+  """
   digest = hashlib.sha256(json.dumps(checkpoint.hf_config, sort_keys=True).encode())
   sample_bytes = 2**16
   files = weight_files(checkpoint.folder, checkpoint.torch_bin)

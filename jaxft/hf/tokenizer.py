@@ -1,8 +1,11 @@
-"""A Hugging Face folder's tokenizer: loaded, checked, and saved for transformers 4 and 5.
+"""Loads, checks and saves a Hugging Face folder's tokenizer.
 
-We do not trust what AutoTokenizer returns: for a folder without a vocabulary transformers 5 makes
-a tokenizer of one token, and for a vocab.json without its merges one that spells every word (5.24,
-measured).
+It is saved such that transformers 4 and 5 both read it.
+
+
+We check what AutoTokenizer returns. For a folder without a vocabulary, transformers 5 makes a
+tokenizer of one token. For a vocab.json without merges it makes one that splits every word into
+characters (5.24, measured).
 """
 
 import hashlib
@@ -26,18 +29,18 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
 CONFIG_FILE = "tokenizer_config.json"
-# Copied where a tokenizer was read from one, beside the tokenizer.json that is always written.
+# Copied if the source folder has one. tokenizer.json is always written as well.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.model")
-# A folder with one of them has a tokenizer.
+# A folder with one of these files has a tokenizer.
 VOCAB_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE)
-# All that `save_tokenizer` may write.
+# All files that `save_tokenizer` may write.
 TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", *SENTENCEPIECE, "chat_template.jinja")
-# transformers 4 and 5 both know it, and it takes everything from tokenizer.json. 5 saves
-# TokenizersBackend, which 4 does not know.
+# A class of both transformers 4 and 5 that reads everything from tokenizer.json. transformers 5
+# would save TokenizersBackend, which 4 lacks.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
-# Arguments of a loader, which transformers 5 writes too: they say where a file was, not what the
-# tokenizer is.
+# Loader arguments that transformers 5 also writes to tokenizer_config.json. They describe where a
+# file was, not the tokenizer.
 LOADER_KEYS = (
   "is_local local_files_only name_or_path tokenizer_file vocab_file merges_file "
   "special_tokens_map_file added_tokens_file auto_map trust_remote_code backend files_loaded "
@@ -46,9 +49,9 @@ LOADER_KEYS = (
 SPECIAL_TOKENS = tuple(
   f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
-SAMPLE_SIZE = 1000  # tokens of a vocabulary that are tried
+SAMPLE_SIZE = 1000  # number of tokens that `_vocab_error` tries
 REPLACEMENT_CHAR = "\ufffd"
-# Every byte that UTF-8 has, and ordinary texts.
+# Texts that compare two tokenizers: every byte of UTF-8, and ordinary texts.
 CODE_POINTS = itertools.chain(
   range(128),
   range(0x80, 0x800, 0x41),
@@ -67,27 +70,29 @@ PROBE_TEXTS = (
 
 
 def load_tokenizer(folder: Path, V: int) -> "PreTrainedTokenizerFast":
-  """Loads a folder's tokenizer with transformers, and checks that it reads text.
+  """Load a folder's tokenizer, and check that it can tokenize text.
 
   Args:
-    V: rows of the model's vocabulary table.
+    folder: the folder with the tokenizer's files.
+    V: number of rows of the model's vocabulary table.
 
-  Raises RequestError for a folder without a vocabulary, for one that contradicts itself or whose
-  tokens no text gives, and for a tokenizer without an end token or with more tokens than rows.
+  Raises:
+    RequestError: the folder has no vocabulary, or its files contradict each other. Or the tokenizer
+      has no end token, has more than V tokens, or cannot produce its own tokens from text.
   """
   try:
     tokenizer = _prefer_tokenizer_json(_from_pretrained(folder), folder)
-  except Exception as error:  # transformers raises whatever its readers raise
+  except Exception as error:  # transformers' readers raise many classes
     raise RequestError(
-      f"{folder}: no tokenizer that can be read ({first_line(error)}); the folder needs "
+      f"{folder}: cannot read a tokenizer ({first_line(error)}); the folder needs "
       "tokenizer.json, or vocab.json and merges.txt"
     ) from error
   backend = tokenizer.backend_tokenizer
-  # A folder that a Trainer has saved may hold the length it cut texts to, or padded them to.
+  # A tokenizer saved by HF's Trainer may still truncate or pad to the length used in training.
   backend.no_truncation()
   backend.no_padding()
   if isinstance(backend.pre_tokenizer, ByteLevel) and not backend.decoder:
-    # Without it a text comes back with a letter for each byte: "Ġthe" for " the".
+    # Without a decoder, text decodes to one letter per byte: "Ġthe" for " the".
     backend.decoder = decoders.ByteLevel()
   if reason := _vocab_error(tokenizer, folder):
     raise RequestError(f"{folder}: {reason}")
@@ -96,41 +101,40 @@ def load_tokenizer(folder: Path, V: int) -> "PreTrainedTokenizerFast":
   largest = max(tokenizer.get_vocab().values())
   if largest >= V:
     raise RequestError(
-      f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, "
-      f"and the model's table only {V} rows; python -m jaxft.tokenizer --model MODEL --add TOKEN "
-      "makes room for tokens in a model; for new weights set "
-      f"config.model.config_overrides=vocab_size={largest + 1}"
+      f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, but the model's "
+      f"table has only {V} rows; to add rows, run python -m jaxft.tokenizer --model MODEL --add "
+      f"TOKEN; for new weights, set config.model.config_overrides=vocab_size={largest + 1}"
     )
   return tokenizer
 
 
 def _from_pretrained(folder: Path) -> "PreTrainedTokenizerFast":
   environment.quiet_transformers()
-  # Most of a second to import: a mistyped config should not wait for it.
+  # The import takes most of a second. Errors in a config should appear before that.
   from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
   tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
   if not isinstance(tokenizer, PreTrainedTokenizerFast):
-    raise TypeError(f"{type(tokenizer).__name__} is no tokenizer of one text")
+    raise TypeError(f"{type(tokenizer).__name__} is not a fast (Rust) tokenizer")
   return tokenizer
 
 
 def _prefer_tokenizer_json(
   tokenizer: "PreTrainedTokenizerFast", folder: Path
 ) -> "PreTrainedTokenizerFast":
-  """Returns `tokenizer`, or what tokenizer.json says where the two cut texts differently.
+  """Return `tokenizer`, or that of tokenizer.json if the two differ on texts.
 
-  Classes of transformers 5, such as GPT2Tokenizer, take the vocabulary from tokenizer.json and the
-  rest from their own code; those of transformers 4 take all of it but add_prefix_space (5.24 and
-  4.57, measured).
+  Classes of transformers 5, such as GPT2Tokenizer, read the vocabulary from tokenizer.json and
+  define the rest in code. Those of transformers 4 read everything except add_prefix_space from the
+  file (5.24 and 4.57, measured).
   """
   file = folder / "tokenizer.json"
   if not file.is_file() or type(tokenizer).__name__ in (GENERIC_CLASS, "TokenizersBackend"):
     return tokenizer
   from_file = Tokenizer.from_file(str(file))
   from_file.no_truncation()
-  # Whether a text gets a blank before it is for the class or tokenizer_config.json to say, in
-  # transformers 4 too.
+  # The class or tokenizer_config.json decides whether a space is put before a text, in
+  # transformers 4 too. So that is not a difference.
   backend = tokenizer.backend_tokenizer
   file_pre = from_file.pre_tokenizer
   class_pre = backend.pre_tokenizer
@@ -144,14 +148,12 @@ def _prefer_tokenizer_json(
 
 
 def _vocab_error(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> str:
-  """Says why this cannot be a model's tokenizer; "" where nothing speaks against it."""
+  """Return the reason why this cannot be a model's tokenizer, or ""."""
   vocab = tokenizer.get_vocab()
   backend = tokenizer.backend_tokenizer
   added = backend.get_added_tokens_decoder()
   ordinary = [id for id in sorted(vocab.values()) if id not in added or not added[id].special]
-  advice = (
-    "the folder needs tokenizer.json, or vocab.json and merges.txt, as its model was saved with"
-  )
+  advice = "the folder needs tokenizer.json, or vocab.json and merges.txt, from the original model"
   if (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
     advice = "rename encoder.json to vocab.json, and vocab.bpe to merges.txt"
   sample = ordinary[:: max(1, len(ordinary) // SAMPLE_SIZE)]
@@ -159,12 +161,12 @@ def _vocab_error(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> str:
   decoded = list(zip(sample, texts, strict=True))
   unknown = tokenizer.unk_token_id
   if not any(text.strip() for id, text in decoded if id != unknown):
-    return f"no tokenizer: {len(vocab)} tokens, and none of them is text; {advice}"
+    return f"not a usable tokenizer: its {len(vocab)} tokens contain no text; {advice}"
   words = [(id, text) for id, text in decoded if _is_word(text)]
   if len(words) > 9 and not any(_encode(backend, text) == [id] for id, text in words):
     return (
-      f"the tokenizer cuts {words[-1][1]!r}, and every other of its tokens that was tried, into "
-      f"pieces: its merges are missing, or of another vocabulary; {advice}"
+      f"the tokenizer splits {words[-1][1]!r}, which is one of its tokens, and all others that we "
+      f"tried: its merges are missing or belong to another vocabulary; {advice}"
     )
   return _added_tokens_error(vocab, folder / "added_tokens.json")
 
@@ -174,9 +176,9 @@ def _is_word(text: str) -> bool:
 
 
 def _added_tokens_error(vocab: dict[str, int], file: Path) -> str:
-  """Says how added_tokens.json contradicts the tokenizer.
+  """Return how added_tokens.json contradicts the tokenizer, or "".
 
-  transformers 5 does not read that file beside a tokenizer.json.
+  transformers 5 ignores that file if a tokenizer.json exists.
   """
   if not file.is_file():
     return ""
@@ -186,7 +188,7 @@ def _added_tokens_error(vocab: dict[str, int], file: Path) -> str:
   except (OSError, ValueError, RecursionError, AttributeError) as error:
     return f"{file.name}: {first_line(error)}"
   return "".join(
-    f"{file.name} says {token!r} is {id}, and the tokenizer {vocab[token]}"
+    f"{token!r} is {id} in {file.name}, but {vocab[token]} in the tokenizer"
     for token, id in other[:1]
   )
 
@@ -196,11 +198,14 @@ def _encode(backend: Tokenizer, text: str, add_special_tokens: bool = False) -> 
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-  """Changes with whatever changes a text's tokens: vocabulary, rules, begin and end tokens."""
+  """Return a hash of everything that affects a text's tokens.
+
+  That is the vocabulary, the rules, and the begin and end tokens.
+  """
   begin = bos_token_id(tokenizer)
   end = tokenizer.eos_token_id
-  # Since 2026-11-29 documents begin with a bos token that is not the end token: tokens from before
-  # lack it.
+  # Since 2026-11-29, documents start with the begin token if it differs from the end token. The
+  # extra entry invalidates token caches from before.
   content = json.dumps([begin, end, *(["begins"] if begin != end else [])])
   content += tokenizer.backend_tokenizer.to_str()
   return hashlib.sha256(content.encode()).hexdigest()
@@ -215,24 +220,26 @@ def save_tokenizer(
   positions: int,
   pad_token_id: int | None,
 ) -> None:
-  """Writes a tokenizer's files: the same ids in transformers 4 and 5, and what converters need.
+  """Write a tokenizer for transformers 4 and 5 and for converters.
 
   Args:
-    source: the folder that it was read from; we take over its tokenizer_config.json, except what
-      is untrue of `out`.
-    more: for tokenizer_config.json.
-    positions: of the model: the length that `truncation=True` cuts to, unless the source names a
-      shorter one.
-    pad_token_id: of the model's config.json: its token is the padding token, where the tokenizer
-      has none and it is a special token. An ordinary one would vanish from texts, as what
-      transformers takes for special does.
+    tokenizer: from `load_tokenizer`.
+    source: the folder that it was read from. Its tokenizer_config.json is copied, except for keys
+      that are not true of `out`.
+    out: an existing folder.
+    more: further keys of tokenizer_config.json.
+    positions: the model's number of positions. `truncation=True` truncates to it, or to a shorter
+      length that `source` sets.
+    pad_token_id: from the model's config.json. It becomes the padding token if it is special and
+      the tokenizer has no padding token. An ordinary token cannot, because transformers would then
+      drop it from texts.
   """
   backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
   model = backend["model"]
   added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
   merges = model.get("merges") or []
   if merges and not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
-    model["merges"] = [" ".join(merge) for merge in merges]  # what tokenizers before 0.20 read
+    model["merges"] = [" ".join(merge) for merge in merges]  # the format before tokenizers 0.20
   write_json(out / "tokenizer.json", backend)
 
   special = _special_tokens(tokenizer, backend, pad_token_id)
@@ -240,19 +247,19 @@ def save_tokenizer(
   additional = {"additional_special_tokens": extra} if extra else {}
   config = read_json_object(source / CONFIG_FILE, [])  # optional
   config = {key: value for key, value in config.items() if key not in LOADER_KEYS}
-  # transformers 4 cannot read a list there.
+  # transformers 4 cannot read a list under this key.
   if not isinstance(config.get("extra_special_tokens"), dict):
     config.pop("extra_special_tokens", None)
   config.pop("add_prefix_space", None)
-  if "add_prefix_space" in (backend["pre_tokenizer"] or {}):  # else transformers 4 sets its own
+  if "add_prefix_space" in (backend["pre_tokenizer"] or {}):  # transformers 4 would set its default
     config["add_prefix_space"] = backend["pre_tokenizer"]["add_prefix_space"]
   length = config.get("model_max_length")
   length = min(positions, length) if isinstance(length, int) and length > 0 else positions
   config |= special
   tokenizer_class = _tokenizer_class(config, tokenizer)
   config |= {"tokenizer_class": tokenizer_class, "model_max_length": length, **additional, **more}
-  # By default a class of transformers 4 gives token_type_ids, and GPT-2 adds their embeddings to
-  # a text's.
+  # Classes of transformers 4 return token_type_ids by default, and GPT-2 would add the embeddings
+  # of these ids to those of the text.
   config["model_input_names"] = ["input_ids", "attention_mask"]
   config.setdefault("clean_up_tokenization_spaces", bool(tokenizer.clean_up_tokenization_spaces))
   config["added_tokens_decoder"] = {
@@ -278,10 +285,10 @@ def save_tokenizer(
 def _special_tokens(
   tokenizer: "PreTrainedTokenizerFast", backend: Json, pad_token_id: int | None
 ) -> dict[str, str]:
-  """The special tokens by name.
+  """Return the special tokens by name.
 
-  Converters ask for one that begins a text, and for an unknown one: where the tokenizer has none it
-  is the end token, from which jaxft begins a text too.
+  Converters require a begin token and an unknown token. If the tokenizer lacks one, the end token
+  is used. jaxft starts texts with it too.
   """
   special = {
     name: str(token) for name in SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None
@@ -298,7 +305,7 @@ def _special_tokens(
 
 
 def is_special(tokenizer: "PreTrainedTokenizerFast", id: object) -> bool:
-  """Whether no ordinary text is made of this token."""
+  """Return whether this is a special token, which ordinary text never contains."""
   if not isinstance(id, int):  # null in a config.json
     return False
   added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
@@ -308,7 +315,11 @@ def is_special(tokenizer: "PreTrainedTokenizerFast", id: object) -> bool:
 
 
 def _tokenizer_class(config: Json, tokenizer: "PreTrainedTokenizerFast") -> str:
-  """The class that the source names, where transformers 4 and 5 have it and 5 took it; else any."""
+  """Return the class for tokenizer_config.json.
+
+  It is the class that the source names, if transformers 4 and 5 both have it and 5 loaded it.
+  Otherwise it is `GENERIC_CLASS`.
+  """
   import transformers
 
   name = str(config.get("tokenizer_class") or type(tokenizer).__name__)
@@ -318,7 +329,10 @@ def _tokenizer_class(config: Json, tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def _legacy_vocab_files(backend: Json) -> dict[str, str]:
-  """The vocabulary for tools from before tokenizer.json, where their files can say all of it."""
+  """Return vocabulary files for tools older than tokenizer.json, as {name: text}.
+
+  Returns {} if these formats cannot express the tokenizer exactly.
+  """
   model = backend["model"]
   vocab = model.get("vocab")
   if not isinstance(vocab, dict) or sorted(vocab.values()) != list(range(len(vocab))):
@@ -336,28 +350,35 @@ def _legacy_vocab_files(backend: Json) -> dict[str, str]:
 
 
 def verify_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerFast", source: Path) -> None:
-  """Raises RequestError where transformers reads the tokenizer saved in `folder` differently.
+  """Check that transformers reads a saved tokenizer back unchanged.
 
   Args:
+    folder: the folder that it was saved in.
+    tokenizer: the tokenizer that was saved.
     source: the folder that it was loaded from, for the message.
+
+  Raises:
+    RequestError: a text or a special token has different ids when read back.
   """
   again = _from_pretrained(folder)
   backends = [tokenizer.backend_tokenizer, again.backend_tokenizer]
   added = [token for it in backends for token in it.get_added_tokens_decoder().values()]
   special = sorted({token.content for token in added})
-  what = f"{source}: its tokenizer cannot be written"
+  what = f"{source}: its tokenizer cannot be exported"
   for text in (*PROBE_TEXTS, *(f"word{t}word {t}, {t} {t}" for t in special[:20])):
     for add_special_tokens in (False, True):
       expected, actual = (_encode(backend, text, add_special_tokens) for backend in backends)
       if expected != actual:
         raise RequestError(
-          f"{what}: transformers reads {text[:60]!r} back as {len(actual)} other tokens "
-          f"({actual[:8]} ..., not {expected[:8]} ...)"
+          f"{what}: read back by transformers, it splits {text[:60]!r} into {len(actual)} other "
+          f"tokens ({actual[:8]} ..., not {expected[:8]} ...)"
         )
     if tokenizer.decode(expected, skip_special_tokens=True) != again.decode(
       expected, skip_special_tokens=True
     ):
-      raise RequestError(f"{what}: transformers makes another text of the tokens of {text[:60]!r}")
+      raise RequestError(
+        f"{what}: read back by transformers, it decodes the tokens of {text[:60]!r} differently"
+      )
   ids = {"bos_token_id": bos_token_id(tokenizer), "eos_token_id": tokenizer.eos_token_id}
   for name, id in ids.items():
     if getattr(again, name) != id:
@@ -365,7 +386,7 @@ def verify_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerFast", source:
 
 
 def bos_token_id(tokenizer: "PreTrainedTokenizerFast") -> int:
-  """The token that begins a text: the tokenizer's own, else the end token."""
+  """Return the id of the begin token; without one, that of the end token."""
   return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 

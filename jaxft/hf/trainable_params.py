@@ -1,4 +1,4 @@
-"""Applies a run's config to a model: its dropout, adapters, and which weights are trained."""
+"""Applies a run's config to a model: dropout, adapters and trainable weights."""
 
 import dataclasses
 import fnmatch
@@ -11,7 +11,7 @@ from jaxft.hf.weight_map import FAMILIES, Rule, full_name
 from jaxft.model.config import ModelConfig
 from jaxft.model.lora import TARGET_MODULES
 
-# Where `lora.targets` is empty: what PEFT adapts in each family.
+# PEFT's default targets in each family, used if `lora.targets` is empty.
 DEFAULT_TARGETS = {
   "gpt2": ("c_attn",),
   "gpt_neo": ("q_proj", "v_proj"),
@@ -21,7 +21,11 @@ ALL_LINEAR = "all-linear"
 
 
 def apply_config(cfg: ModelConfig, config: Config, model_type: str) -> ModelConfig:
-  """Returns the `ModelConfig` as the run trains it; raises RequestError for an unknown name."""
+  """Return the `ModelConfig` as the run trains it.
+
+  Raises:
+    RequestError: a setting names an unknown matrix, layer or weight.
+  """
   if config.model.dropout is not None:
     cfg = cfg.with_dropout(config.model.dropout)
   if config.lora.rank:
@@ -34,7 +38,7 @@ def apply_config(cfg: ModelConfig, config: Config, model_type: str) -> ModelConf
 
 
 def lora_modules(model_type: str) -> dict[str, str]:
-  """Returns a layer's matrices: {name in the checkpoint: the `TARGET_MODULES` that adapts it}."""
+  """Return a layer's matrices: {name in the checkpoint: key in `TARGET_MODULES`}."""
   modules = {}
   for rule in FAMILIES[model_type].rules:
     if rule.by_layer and rule.param.endswith(".kernel"):
@@ -52,8 +56,8 @@ def _with_lora(cfg: ModelConfig, lora: LoraSection, model_type: str) -> ModelCon
     matches = [name for name in modules if pattern in (ALL_LINEAR, name) or name.endswith(suffix)]
     if not matches:
       raise RequestError(
-        f"config.lora.targets: {pattern!r} is no matrix of a {model_type} layer; "
-        f"there are {', '.join(modules)}, and {ALL_LINEAR}"
+        f"config.lora.targets: a {model_type} layer has no matrix {pattern!r}; "
+        f"choose from {', '.join(modules)}, or {ALL_LINEAR}"
       )
     targets |= {modules[name] for name in matches}
   layers = _parse_layers(lora.layers, cfg.L)
@@ -75,14 +79,14 @@ def _with_lora(cfg: ModelConfig, lora: LoraSection, model_type: str) -> ModelCon
 
 
 def _parse_layers(ranges: tuple[str, ...], L: int) -> tuple[int, ...]:
-  """("0-2", "5") -> (0, 1, 2, 5)."""
+  """Parse ranges of layers: ("0-2", "5") -> (0, 1, 2, 5)."""
   layers = set()
   for text in ranges:
     first, _, last = text.partition("-")
     number = re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?", text)
     if not number or not int(first) <= int(last or first) < L:
       raise RequestError(
-        f"config.lora.layers: {text!r} must be a layer, or first-last, of 0 to {L - 1}"
+        f"config.lora.layers: {text!r} must be a layer or FIRST-LAST, from 0 to {L - 1}"
       )
     layers |= set(range(int(first), int(last or first) + 1))
   return tuple(sorted(layers))
@@ -91,7 +95,7 @@ def _parse_layers(ranges: tuple[str, ...], L: int) -> tuple[int, ...]:
 def _match_params(
   cfg: ModelConfig, patterns: tuple[str, ...], model_type: str
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
-  """Returns `ModelConfig.trained` for weights whose full names match one of the patterns."""
+  """Return `ModelConfig.trained` for weights whose full names match a pattern."""
   rules = FAMILIES[model_type].rules
   unused = set(patterns)
   trained = []
@@ -102,25 +106,28 @@ def _match_params(
       unused -= set().union(*matches)
       if any(matches) and not all(matches):
         raise RequestError(
-          f"config.train.trainable_params: jaxft keeps {' and '.join(names)} in one array; "
+          f"config.train.trainable_params: jaxft stores {' and '.join(names)} as one array; "
           "name all of them, or none"
         )
       if all(matches):
         layers.append(layer)
     new_head = rule.param == "output.score" and cfg.classes
-    if layers or new_head:  # else a new head would stay as it is drawn
+    if layers or new_head:  # a new head is random, so it is always trained
       trained.append((rule.param, tuple(layers) if rule.by_layer and len(layers) < cfg.L else ()))
   if unused:
     names = [name for rule in rules for _, some in _tensor_names(rule, cfg) for name in some]
     raise RequestError(
-      f"config.train.trainable_params: {min(unused)!r} is the name of no weight; "
-      f"there are {', '.join(names[:3])}, ... {names[-1]}"
+      f"config.train.trainable_params: {min(unused)!r} matches no weight; "
+      f"the names are {', '.join(names[:3])}, ... {names[-1]}"
     )
   return tuple(sorted(trained))
 
 
 def _tensor_names(rule: Rule, cfg: ModelConfig) -> Iterator[tuple[int, list[str]]]:
-  """Yields for each layer the names of a parameter's tensors, if this model has the parameter."""
+  """Yield each layer and the names of a parameter's tensors in it.
+
+  Yields nothing if the model lacks the parameter.
+  """
   exists = {
     "output.kernel": not cfg.tied and not cfg.classes,
     "output.bias": cfg.head_bias and not cfg.classes,
@@ -132,5 +139,5 @@ def _tensor_names(rule: Rule, cfg: ModelConfig) -> Iterator[tuple[int, list[str]
 
 
 def _module_name(name: str) -> str:
-  """ "h.{}.attn.c_attn.weight" -> "attn.c_attn"."""
+  """Return the module of a weight: "h.{}.attn.c_attn.weight" -> "attn.c_attn"."""
   return name.removeprefix("h.{}.").removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""Verifies an export: read back, compared with the model tensor by tensor, and by its logits."""
+"""Verifies an export by the tensors and logits of the model in memory."""
 
 import importlib.util
 from pathlib import Path
@@ -22,11 +22,11 @@ from jaxft.utils.types import Json, Params
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-# Larger models are compared tensor by tensor alone, which needs no second copy.
+# In larger models only tensors are compared. Logits would need a second copy of the model.
 MAX_LOGITS_PARAMS = 500_000_000
-# Largest difference of two float32 logits that an export may show, the one the docs promise; and
-# relative to the largest logit, for models whose logits are large (those of the published GPT-2 are
-# around -100, where float32 has steps of 8e-6).
+# An export's float32 logits may differ by ATOL, which the docs promise, or by RTOL times the
+# largest logit. RTOL is for models with large logits: those of the published GPT-2 are around -100,
+# where float32 has steps of 8e-6.
 ATOL, RTOL = 1e-4, 1e-4
 
 
@@ -37,11 +37,18 @@ def verify_export(
   dtype_of: DtypeFn,
   tokenizer: "PreTrainedTokenizerFast | None" = None,
 ) -> Json:
-  """Reads the folder back and compares every tensor bit for bit, and logits in float32.
+  """Read the folder back; compare every tensor bit for bit, and logits in float32.
 
-  The folder's logits are transformers' own where torch is installed, else those of jaxft's model
-  with the weights read back; `reference` says which. Raises StorageError on any difference above
-  `ATOL` and `RTOL` (for a narrower dtype than float32, against the weights as written).
+  If torch is installed, transformers computes the folder's logits. Otherwise jaxft's model does,
+  with the weights read back. For a dtype narrower than float32, the model in memory is rounded to
+  it first.
+
+  Returns:
+    The parity report; its key `reference` names the implementation that computed the logits.
+
+  Raises:
+    StorageError: a tensor differs, or a logit by more than `ATOL` and `RTOL` allow.
+    RequestError: a logit is not finite, or transformers cannot load the export.
   """
   written = load_weights.list_tensors(folder)
   for tensor in hf_tensors(params, checkpoint, dtype_of):
@@ -49,27 +56,27 @@ def verify_export(
     is_ref = isinstance(ref, load_weights.TensorRef)
     if not is_ref or ref.shape != tensor.shape or not ref.bytes_equal(tensor.chunks()):
       raise StorageError(
-        f"{folder}: tensor {tensor.name!r} read back differs from what was written; "
-        "the disk is not to be trusted"
+        f"{folder}: tensor {tensor.name!r} differs when read back; the disk may be failing"
       )
   if written:
-    raise StorageError(f"{folder}: tensors {sorted(written)} were not meant to be written")
+    raise StorageError(f"{folder}: unexpected tensors {sorted(written)} were written")
   saved = repo.resolve(str(folder))
   if saved.cfg != checkpoint.cfg:
     raise StorageError(
-      f"{folder}: config.json read back describes another model: {saved.cfg}, not {checkpoint.cfg}"
+      f"{folder}: config.json read back describes a different model: {saved.cfg}, "
+      f"not {checkpoint.cfg}"
     )
   if tokenizer:
     verify_tokenizer(folder, tokenizer, checkpoint.tokenizer_folder)
   report = {"tensors": "bit for bit", "dtype": dtype_of(full_name(EMBEDDING)).name}
   if parameter_count(checkpoint.cfg) > MAX_LOGITS_PARAMS or jax.process_count() > 1:
-    reason = "tensors only: logits would take a second model"
+    reason = "tensors only: logits would need a second copy of the model"
     return report | {"logits_max_abs_difference": None, "reference": reason}
   return report | _compare_logits(saved, params, dtype_of)
 
 
 def _compare_logits(saved: repo.HFCheckpoint, params: Params, dtype_of: DtypeFn) -> Json:
-  """Returns how far the logits of an export are from those of the model in memory."""
+  """Compare an export's logits with those of the model, on random tokens."""
   graph, shapes, _ = abstract_model(saved.cfg, ComputeConfig())
   ids_BT, lengths_B = _random_batch(saved)
   if importlib.util.find_spec("torch"):
@@ -78,17 +85,17 @@ def _compare_logits(saved: repo.HFCheckpoint, params: Params, dtype_of: DtypeFn)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     reference = f"jaxft {jaxft.__version__}, weights read back"
     theirs = compute_logits(graph, load_weights.load_params(saved, shapes, device), ids_BT)
-  # A model that stays on the host is small enough here to be on the device as well.
+  # A model in host memory is small enough here (MAX_LOGITS_PARAMS) to fit on the device too.
   shardings = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), params)
   on_device = jax.device_put(params, shardings)
   ours = compute_logits(graph, round_to_dtype(on_device, saved, dtype_of), ids_BT)
-  if saved.cfg.classes:  # transformers gives the last token's
+  if saved.cfg.classes:  # transformers returns the last token's logits alone
     last = (np.arange(len(ids_BT)), lengths_B - 1)
     ours = ours[last]
     theirs = theirs if theirs.ndim == 2 else theirs[last]
   if not np.isfinite(ours).all():
     raise RequestError(
-      f"export to {saved.folder}: the logits of the model in memory are no numbers: "
+      f"export to {saved.folder}: the logits of the model in memory are not finite: "
       "a weight is NaN or infinite"
     )
   difference = float(np.max(np.abs(ours - theirs)))
@@ -96,7 +103,7 @@ def _compare_logits(saved: repo.HFCheckpoint, params: Params, dtype_of: DtypeFn)
   if not difference <= tolerance:
     raise StorageError(
       f"{saved.folder}: its float32 logits differ by {difference:.1e} from the trained model's "
-      f"({reference}); at most {tolerance:.0e} is rounding. Please report this"
+      f"({reference}); rounding explains at most {tolerance:.0e}. Please report this bug"
     )
   return {
     "logits_max_abs_difference": difference,
@@ -107,14 +114,14 @@ def _compare_logits(saved: repo.HFCheckpoint, params: Params, dtype_of: DtypeFn)
 
 
 def format_parity(parity: Json) -> str:
-  """Formats a parity report as one line."""
+  """Format a parity report as one line."""
   difference = parity["logits_max_abs_difference"]
   logits = "" if difference is None else f", logits within {difference:.1e} of the model in memory"
   return f"tensors {parity['tensors']}{logits} (reference: {parity['reference']})"
 
 
 def compute_logits(graph: nnx.GraphDef[Decoder], params: Params, ids_BT: np.ndarray) -> np.ndarray:
-  """(B, T) -> (B, T, V), or (B, T, classes)."""
+  """Compute the logits (B, T, V) or (B, T, classes) of token ids (B, T)."""
 
   def run(params):
     decoder = nnx.merge(graph, params)
@@ -124,14 +131,14 @@ def compute_logits(graph: nnx.GraphDef[Decoder], params: Params, ids_BT: np.ndar
 
 
 def check_hf_config(folder: Path, checkpoint: repo.HFCheckpoint) -> None:
-  """Raises RequestError where transformers reads no config.json, or another number of classes."""
+  """Raise RequestError if transformers misreads config.json."""
   import transformers
 
   try:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-  except Exception as error:  # whatever is wrong with a key
+  except Exception as error:  # the class depends on the wrong key
     raise RequestError(
-      f"{checkpoint.folder}: transformers does not read its config.json ({first_line(error)})"
+      f"{checkpoint.folder}: transformers cannot read its config.json ({first_line(error)})"
     ) from error
   if checkpoint.cfg.classes and config.num_labels != checkpoint.cfg.classes:
     raise RequestError(
@@ -141,10 +148,10 @@ def check_hf_config(folder: Path, checkpoint: repo.HFCheckpoint) -> None:
 
 
 def _random_batch(checkpoint: repo.HFCheckpoint) -> tuple[np.ndarray, np.ndarray]:
-  """Draws (B, T) tokens and the length of each row.
+  """Draw token ids (B, T) and the length of each row (B,).
 
-  A language model gets one row; a classifier two, the second half of it padding. None of the tokens
-  is the padding token: transformers' classifiers look for the last that is not.
+  A language model gets one row. A classifier gets two, and the second row is half padding. No drawn
+  token is the padding token, because transformers' classifiers search for the last other token.
   """
   T = min(checkpoint.cfg.P, 128)
   pad = checkpoint.hf_config.get("pad_token_id")
@@ -175,8 +182,8 @@ def _transformers_logits(
     )
     with torch.no_grad():
       logits = model(torch.from_numpy(ids_BT).long(), return_dict=True).logits.numpy()
-  except Exception as error:  # whatever its config, or a package that it needs, makes it raise
+  except Exception as error:  # the class depends on the config, or on a missing package
     raise RequestError(
-      f"{folder}: transformers does not load this export ({first_line(error)})"
+      f"{folder}: transformers cannot load this export ({first_line(error)})"
     ) from error
   return f"transformers {transformers.__version__}, torch {torch.__version__}", logits

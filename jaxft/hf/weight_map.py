@@ -1,8 +1,10 @@
-"""Weight names and layouts as data, one table for each family, used in both directions.
+"""Maps Hugging Face tensors to jaxft's parameters and back.
 
-A layout reads Hugging Face -> ours. Letters are the axes (see model/config.py; Q is query, key and
-value), brackets are axes that Hugging Face has merged; a letter that only ours has is the stacking
-axis, along which several tensors become one. There is no arithmetic: reshape, transpose, stack.
+Each family has one table of rules, used in both directions. A layout such as "(N H) D -> D Q N H"
+reads "Hugging Face -> jaxft". Each letter is an axis (see model/config.py; Q is query, key and
+value). Parentheses are axes that Hugging Face merges into one. A letter on the right side only is
+the stacking axis: jaxft stacks several tensors along it. Conversions only reshape, transpose and
+stack, so they are exact.
 """
 
 import math
@@ -13,27 +15,37 @@ import numpy as np
 
 
 class Rule(NamedTuple):
-  hf: str | tuple[str, ...]  # names in the checkpoint; {} is the layer, which is axis 0 of ours
+  """One parameter and the Hugging Face tensors that it consists of.
+
+  For example, `h.{}.attn.c_attn.weight` of all L layers of GPT-2, each (D, 3 N H), is the parameter
+  `blocks.attention.qkv.kernel` (L, D, Q, N, H).
+  """
+
+  hf: str | tuple[str, ...]  # names in the checkpoint; {} is the layer, axis 0 of the parameter
   param: str  # path of the parameter
-  layout: str
+  layout: str  # of one layer
 
   @property
   def names(self) -> tuple[str, ...]:
+    """Names in the checkpoint, in the order of the stacking axis."""
     return (self.hf,) if isinstance(self.hf, str) else self.hf
 
   @property
   def by_layer(self) -> bool:
+    """Whether every layer has its own tensors."""
     return "{}" in self.names[0]
 
 
 class Family(NamedTuple):
+  """Names of a model family: tensors, ignored tensors and transformers' classes."""
+
   rules: tuple[Rule, ...]
-  buffers: tuple[str, ...]  # patterns of tensors that hold no weights (causal masks, rotary tables)
-  architecture: str  # transformers' classes: of a language model
-  classifier: str  # and of one that classifies
+  buffers: tuple[str, ...]  # patterns of tensors that are not weights (causal masks, rotary tables)
+  architecture: str  # transformers' class of a language model
+  classifier: str  # transformers' class of a classifier
 
 
-# Written before every name but the head's, stripped when read: the oldest checkpoints have none.
+# Prefix of every name except the head's. It is optional on reading: the oldest checkpoints lack it.
 PREFIX = "transformer."
 EMBEDDING = "wte.weight"
 LM_HEAD = "lm_head.weight"
@@ -47,8 +59,8 @@ COMMON = (
   Rule("ln_f.bias", "norm.bias", "D -> D"),
   Rule("h.{}.ln_1.weight", "blocks.norm1.scale", "D -> D"),
   Rule("h.{}.ln_1.bias", "blocks.norm1.bias", "D -> D"),
-  Rule(LM_HEAD, "output.kernel", "V D -> V D"),  # not read and not written where the head is tied
-  Rule(SCORE, "output.score", "C D -> C D"),  # C classes, where there are some
+  Rule(LM_HEAD, "output.kernel", "V D -> V D"),  # only of an untied head
+  Rule(SCORE, "output.score", "C D -> C D"),  # only of a classifier; C classes
 )
 LEARNED_POSITIONS = (Rule("wpe.weight", "embed.positions", "P D -> P D"),)
 SEQUENTIAL = (
@@ -60,7 +72,10 @@ MLP_BIASES = (
   Rule("h.{}.mlp.c_proj.bias", "blocks.mlp.down.bias", "D -> D"),
 )
 
-GPT2 = (  # Conv1D: inputs first
+# The families differ in their linear layers. GPT-2 uses Conv1D, which stores (inputs, outputs), and
+# one matrix for q, k and v. GPT-Neo and GPT-J use torch's Linear, which stores (outputs, inputs),
+# and three matrices for q, k and v.
+GPT2 = (
   *COMMON,
   *LEARNED_POSITIONS,
   *SEQUENTIAL,
@@ -72,7 +87,7 @@ GPT2 = (  # Conv1D: inputs first
   Rule("h.{}.mlp.c_fc.weight", "blocks.mlp.up.kernel", "D F -> D F"),
   Rule("h.{}.mlp.c_proj.weight", "blocks.mlp.down.kernel", "F D -> F D"),
 )
-GPT_NEO = (  # Linear: outputs first
+GPT_NEO = (
   *COMMON,
   *LEARNED_POSITIONS,
   *SEQUENTIAL,
@@ -125,31 +140,39 @@ FAMILIES = {
 
 
 def full_name(name: str) -> str:
-  """The name as transformers writes it."""
+  """Return the name that transformers writes: with the prefix."""
   return name if name in HEADS else PREFIX + name
 
 
 def short_name(name: str) -> str:
-  """The name as the tables have it."""
+  """Return the name in the tables above: without the prefix."""
   return name.removeprefix(PREFIX)
 
 
 def layer_shape(rule: Rule, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
-  """The shape of one layer of a parameter, without the rows that pad a vocabulary."""
+  """Return the shape of one layer of a parameter, without vocabulary padding."""
   _, ours = _parse_layout(rule.layout)
   sizes = zip(ours, shape[1:] if rule.by_layer else shape, strict=True)
   return tuple(V if group == ["V"] else size for group, size in sizes)
 
 
 def hf_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Shape of one Hugging Face tensor for a parameter (one layer of it) of `shape`."""
+  """Return the shape of a Hugging Face tensor, given that of a parameter's layer."""
   hf, ours = _parse_layout(layout)
   size = dict(zip(_letters(ours), shape, strict=True))
   return tuple(math.prod(size[letter] for letter in group) for group in hf)
 
 
 def from_hf(layout: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Views a contiguous `tensor` in our layout, without the stacking axis."""
+  """View a contiguous Hugging Face tensor in jaxft's layout.
+
+  The view has no stacking axis.
+
+  Args:
+    layout: of the parameter.
+    tensor: the Hugging Face tensor.
+    shape: shape of one layer of the parameter.
+  """
   hf, ours = map(_letters, _parse_layout(layout))
   size = dict(zip(ours, shape, strict=True))
   split = tensor.reshape([size[letter] for letter in hf])
@@ -157,7 +180,7 @@ def from_hf(layout: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
 
 
 def to_hf(layout: str, param: np.ndarray, index: int) -> np.ndarray:
-  """Inverts `from_hf`, for tensor number `index` of the stacked ones.
+  """Invert `from_hf`, for the tensor at `index` of the stacking axis.
 
   The result is contiguous: safetensors 0.8 writes wrong bytes for other arrays (safetensors#825).
   """
@@ -171,7 +194,7 @@ def to_hf(layout: str, param: np.ndarray, index: int) -> np.ndarray:
 
 
 def stacking_axis(layout: str) -> int | None:
-  """The axis of ours that no Hugging Face tensor has."""
+  """Return the parameter's axis that no Hugging Face tensor has, or None."""
   hf, ours = map(_letters, _parse_layout(layout))
   return next((axis for axis, letter in enumerate(ours) if letter not in hf), None)
 
@@ -181,7 +204,7 @@ def _letters(side: list[list[str]]) -> list[str]:
 
 
 def _parse_layout(layout: str) -> list[list[list[str]]]:
-  """ "D (N H) -> D N H" -> [[[D], [N, H]], [[D], [N], [H]]]"""
+  """Parse a layout: "D (N H) -> D N H" -> [[[D], [N, H]], [[D], [N], [H]]]."""
   return [
     [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", side)]
     for side in layout.split("->")

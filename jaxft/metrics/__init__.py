@@ -1,1 +1,1 @@
-"""What a run reports: metrics.jsonl, the console, trackers."""
+"""Metrics of a run: collection, metrics.jsonl, the console, and trackers."""

@@ -1,4 +1,4 @@
-"""The metrics logger of a run: one entry a step, evaluation or sample, to every sink."""
+"""The metrics logger: sends each step, evaluation and sample to every sink."""
 
 import contextlib
 import functools
@@ -21,46 +21,50 @@ OnStep: TypeAlias = Callable[[int, dict[str, float]], None]  # a user's function
 
 
 class StepTimer:
-  """Wall time of steps since the last reset, without what happens inside `paused`."""
+  """Wall time of steps since the last reset, excluding the time inside `paused`."""
 
   def __init__(self):
     self.restart()
 
   def restart(self) -> None:
+    """Start at zero, now."""
     self._step_end = time.monotonic()
     self.reset()
 
   def count(self, tokens: int) -> None:
-    """Counts a step that has just ended."""
+    """Count a step that has just ended, with this many tokens."""
     self._step_end = time.monotonic()
     self._steps += 1
     self._tokens += tokens
 
   def reset(self) -> None:
-    """Starts again at the end of the last step.
+    """Start again at the end of the last step, not now.
 
-    Devices have worked at the next step since then, so this time is part of that step.
+    The devices began the next step then, so the time since belongs to that step.
     """
     self._started = self._step_end
     self._steps = self._tokens = 0
 
   @contextlib.contextmanager
   def paused(self) -> Generator[None]:
+    """Exclude the time inside this context, such as that of an evaluation."""
     paused_at = time.monotonic()
     yield
     self._started += time.monotonic() - paused_at
 
   @property
   def tokens_per_second(self) -> float:
+    """Tokens per second since the last reset."""
     return self._tokens / max(self._step_end - self._started, 1e-9)
 
   @property
   def step_seconds(self) -> float:
+    """Mean seconds of a step since the last reset."""
     return (self._step_end - self._started) / max(self._steps, 1)
 
 
 class MetricsLogger:
-  """Sends what a run logs to its sinks, and ends a run whose steps are no longer finite."""
+  """Sends entries to the sinks, and ends a run whose steps are no longer finite."""
 
   def __init__(
     self,
@@ -76,16 +80,18 @@ class MetricsLogger:
     system: SystemMetrics | None = None,
     on_step: OnStep | None = None,
   ):
-    """Starts the clock.
+    """Start the clock.
 
     Args:
       train: `config.train`.
-      sinks: in the order in which they get each entry.
-      num_rows: rows of an epoch.
-      nonfinite_names: names the leaves behind `metrics["bad_leaves"]`.
-      tokens_seen: by the steps before this start of the run.
-      ideal_step_seconds: of a step at peak FLOP/s, for the MFU; None where the peak is not known.
-      system: its readings are part of the entry of a step.
+      sinks: get each entry, in this order.
+      total_steps: steps of the whole run.
+      num_rows: sequences of an epoch.
+      device: the device whose peak memory is logged.
+      nonfinite_names: returns the names of the leaves in `metrics["bad_leaves"]`.
+      tokens_seen: tokens of the steps before this start of the run.
+      ideal_step_seconds: time of a step at peak FLOP/s, for the MFU; None if the peak is unknown.
+      system: its readings become part of each step's entry.
       on_step: called after each train step, whether it is logged or not.
     """
     self.tokens_seen = tokens_seen
@@ -95,7 +101,7 @@ class MetricsLogger:
     self._device = device
     self._nonfinite_names = nonfinite_names
     self._max_bad_steps = train.max_bad_steps
-    self._num_nonfinite = 0  # steps in a row
+    self._num_nonfinite = 0  # consecutive skipped steps
     self._ideal_step_seconds = ideal_step_seconds
     self._is_due = functools.partial(
       due_at, train.log_every, rows=num_rows, batch_size=train.batch_size
@@ -104,16 +110,22 @@ class MetricsLogger:
     self._on_step = on_step
 
   def write(self, kind: Kind, step: int, values: Json, line: str = "") -> None:
-    """Sends an entry, and the same in a line for people, to all sinks."""
+    """Send an entry to all sinks, with the same content as a readable line."""
     entry = {"step": step} | values
     for sink in self._sinks:
       sink.write(kind, entry, line)
 
   def log_step(self, step: int, metrics: Mapping[str, np.ndarray], progress: ProgressBar) -> None:
-    """Logs the metrics of a train step.
+    """Log the metrics of a train step.
 
-    Raises NumericsError after `train.max_bad_steps` steps in a row with a loss or gradient that is
-    not finite.
+    Args:
+      step: number of the step, from 1.
+      metrics: outputs of the train step: loss, grad_norm, learning_rate, tokens, bad, bad_leaves.
+      progress: the bar to update.
+
+    Raises:
+      NumericsError: after `train.max_bad_steps` consecutive steps whose loss or gradient is not
+        finite.
     """
     loss, norm, rate = (float(metrics[key]) for key in ("loss", "grad_norm", "learning_rate"))
     self.tokens_seen += int(metrics["tokens"])
@@ -144,13 +156,13 @@ class MetricsLogger:
           "memory/peak_bytes": peak_memory_bytes(self._device),
           **(self._system.latest if self._system else {}),
         },
-        "" if console.live else f"step {step}/{self._total_steps}  {line}",  # a bar shows the same
+        "" if console.live else f"step {step}/{self._total_steps}  {line}",  # the bar shows it
       )
       self.clock.reset()
     self._check_finite(step, metrics, f"loss {loss}, gradient norm {norm}")
 
   def _check_finite(self, step: int, metrics: Mapping[str, np.ndarray], numbers: str) -> None:
-    """Logs a step that was not applied; raises NumericsError when there were too many in a row."""
+    """Log a skipped step; raise NumericsError after too many in a row."""
     if not metrics["bad"]:
       self._num_nonfinite = 0
       return
@@ -159,19 +171,22 @@ class MetricsLogger:
     more = f" and {len(leaves) - 1} more" if leaves[1:] else ""
     nonfinite = f"; not finite: {leaves[0]}{more}" if leaves else ""
     what = f"step {step}: {numbers}{nonfinite}"
-    log(f"{what}: not applied, the weights are as before")
+    log(f"{what}: step skipped, weights unchanged")
     if self._num_nonfinite >= self._max_bad_steps:
       raise NumericsError(
         f"{what}, for {self._num_nonfinite} step(s) in a row; they changed no weight. "
-        "Try a lower config.optim.learning_rate, or look at the data of this step"
+        "Try a lower config.optim.learning_rate, or inspect the data of this step"
       )
 
 
 def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
-  """Returns whether something is due after a step.
+  """Return whether a periodic action is due after a step.
 
   Args:
-    every: number of steps (0: never), or "epoch" for the end of each epoch of `rows`.
+    every: number of steps (0: never), or "epoch" for the end of each epoch.
+    step: number of the step, from 1.
+    rows: sequences of an epoch.
+    batch_size: sequences of a step.
   """
   if isinstance(every, str):
     step_rows = min(batch_size, rows)
@@ -180,5 +195,5 @@ def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
 
 
 def json_float(number: float) -> float | str:
-  """Returns a finite number as it is, and "nan" or "inf" as text, because JSON has neither."""
+  """Return a finite number unchanged, else text: JSON has no NaN and infinity."""
   return number if math.isfinite(number) else str(number)

@@ -1,4 +1,4 @@
-"""Where the metrics and samples of a run go: files in the workdir, the console; trackers.py."""
+"""Sinks of metrics and samples: files and the console (see also trackers.py)."""
 
 import json
 from pathlib import Path
@@ -13,21 +13,24 @@ Kind: TypeAlias = Literal["metrics", "samples"]
 
 
 class Sink(Protocol):
-  """Takes what a run logs."""
+  """Receives the entries that a run logs."""
 
   def write(self, kind: Kind, entry: Json, line: str) -> None:
-    """Takes an entry, which has a "step", and the same in a line for people."""
+    """Take an entry, which has a "step", and its content as a readable line."""
 
 
 class JsonlLog:
-  """A .jsonl file of objects that have a "step"; a resume removes the lines of lost steps."""
+  """A .jsonl file of objects with a "step"; a resume removes those of lost steps."""
 
   def __init__(self, file: Path, last_step: int, writes: bool):
-    """Reads the file and drops lines that the run is about to write again.
+    """Read the file and drop the lines that the run will write again.
 
     Args:
-      last_step: entries after it are dropped, and those of the end; -1 drops all.
-      writes: false in all processes of a run but one; they only remember.
+      file: the .jsonl file; it need not exist.
+      last_step: entries after this step are dropped, as are those from the end of the run; -1
+        drops all.
+      writes: whether this process writes the file. One process of a run does; the others keep the
+        entries in memory only.
     """
     self.entries: list[Json] = []
     self.dropped: list[Json] = []
@@ -40,11 +43,12 @@ class JsonlLog:
           is_valid = values["step"] <= last_step and values.get("when") != "after"
           (self.entries if is_valid else self.dropped).append(values)
         except (ValueError, KeyError, TypeError):
-          continue  # cut short by a kill in the middle of a write
+          continue  # incomplete: the process was killed during a write
     if writes:
       atomic_write(file, "".join(json.dumps(values) + "\n" for values in self.entries))
 
   def write(self, entry: Json) -> None:
+    """Append an entry; raise StorageError if the file cannot be written."""
     self.entries.append(entry)
     if not self._writes:
       return
@@ -55,26 +59,34 @@ class JsonlLog:
       raise StorageError(f"{self._file}: {write_failure(self._file, error)}") from error
 
   def values(self, key: str) -> list[float]:
-    """Returns all values of `key`, oldest first."""
+    """Return all values of `key`, oldest first."""
     return [line[key] for line in self.entries if key in line]
 
 
 class JsonlSink:
-  """metrics.jsonl and samples.jsonl in the workdir: all that the run has logged."""
+  """Writes everything that the run logs to metrics.jsonl and samples.jsonl."""
 
   def __init__(self, workdir: Path, start: int, writes: bool):
-    """`start`: step that the run goes on from; `writes`: as for `JsonlLog`."""
-    last_step = start if start else -1  # a run that begins again evaluates and samples again
+    """Read both files.
+
+    Args:
+      workdir: folder of the run.
+      start: step from which the run continues; 0 for a new run.
+      writes: see `JsonlLog`.
+    """
+    last_step = start if start else -1  # a new run evaluates and samples step 0 again
     self.metrics = JsonlLog(workdir / "metrics.jsonl", last_step, writes)
     self.samples = JsonlLog(workdir / "samples.jsonl", last_step, writes)
 
   def write(self, kind: Kind, entry: Json, line: str) -> None:
+    """Append an entry to the file of its kind."""
     (self.metrics if kind == "metrics" else self.samples).write(entry)
 
 
 class ConsoleSink:
-  """A line for each entry."""
+  """Prints a line for each entry."""
 
   def write(self, kind: Kind, entry: Json, line: str) -> None:
+    """Print the line, unless it is empty."""
     if line:
       log(line)

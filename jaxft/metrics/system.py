@@ -1,4 +1,4 @@
-"""Reads load, memory, disk, network and power of this host and of its devices."""
+"""Load, memory, disk, network and power of this host and its devices."""
 
 import contextlib
 import resource
@@ -15,14 +15,19 @@ INTERVAL = 10  # seconds between readings
 
 
 class SystemMetrics(threading.Thread):
-  """Reads in a thread, because a driver may be slow; `latest` is the newest reading.
+  """Reads system metrics in a thread, because a driver may be slow.
 
-  A context manager. Of this host only: to gather the others' would be a collective that training
-  waits for.
+  A context manager. `latest` is the newest reading. It covers this host only: gathering the
+  readings of all hosts would need a collective, and training would wait for it.
   """
 
   def __init__(self, enabled: bool, workdir: Path):
-    """`workdir`: of the run; its disk is the one that is measured."""
+    """Create the thread; `__enter__` starts it.
+
+    Args:
+      enabled: if false, no thread starts and `latest` stays empty.
+      workdir: folder of the run, whose disk is measured.
+    """
     super().__init__(name="jaxft-system", daemon=True)
     self.latest: dict[str, float] = {}
     self._enabled = enabled
@@ -38,20 +43,21 @@ class SystemMetrics(threading.Thread):
     self._stopped.set()
 
   def run(self) -> None:
+    """Read all metrics every INTERVAL seconds; the thread's main loop."""
     readings = [*_host_readings(self._workdir), _device_memory, *_gpu_readings()]
     with contextlib.suppress(Exception):
-      psutil.cpu_percent()  # the first call begins the interval that the next one covers
+      psutil.cpu_percent()  # starts the interval that the next call measures
     while not self._stopped.is_set():
       values: dict[str, float] = {}
       for read in readings:
-        # A driver may fail, or a container have no /proc: the others are still reported.
+        # A driver may fail, or a container may lack /proc. Report the other readings anyway.
         with contextlib.suppress(Exception):
           values |= read()
       self.latest = values
       self._stopped.wait(INTERVAL)
 
 
-ReadFn = Callable[[], dict[str, float]]  # one that may fail alone
+ReadFn = Callable[[], dict[str, float]]  # reads some metrics; may raise
 
 
 def _host_readings(workdir: Path) -> list[ReadFn]:
@@ -77,12 +83,12 @@ def _host_readings(workdir: Path) -> list[ReadFn]:
 
 
 def _counter_deltas(prefix: str, fields: dict[str, str], counters: Callable[[], object]) -> ReadFn:
-  """Returns a function that reads counters of the host, less their values at the first call."""
+  """Return a function that reads the growth of host counters since its first call."""
   first: list[object] = []
 
   def read() -> dict[str, float]:
     now = counters()
-    if now is None:  # a host without such a device
+    if now is None:  # the host has no such device
       return {}
     if not first:
       first.append(now)
@@ -96,7 +102,7 @@ def _counter_deltas(prefix: str, fields: dict[str, str], counters: Callable[[], 
 
 
 def _device_memory() -> dict[str, float]:
-  """Returns the bytes that JAX has in use on each device; CPUs do not report them."""
+  """Return the bytes that JAX uses on each device; CPUs do not report them."""
   values = {}
   for device in jax.local_devices():
     stats = device.memory_stats() or {}
@@ -106,22 +112,22 @@ def _device_memory() -> dict[str, float]:
 
 
 def _gpu_readings() -> list[ReadFn]:
-  """Returns NVML's readings (package nvidia-ml-py); none without it or without a driver."""
+  """Return readers of NVML (nvidia-ml-py); [] without the package or a driver."""
   try:
     import pynvml
 
     pynvml.nvmlInit()
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-  except Exception:  # ImportError; NVMLError where there is no driver
+  except Exception:  # ImportError, or NVMLError without a driver
     return []
   gpus = (_readings_of_gpu(pynvml, handle, f"system/gpu{i}") for i, handle in enumerate(handles))
   return [reading for readings in gpus for reading in readings]
 
 
 def _readings_of_gpu(nvml: ModuleType, handle: object, name: str) -> list[ReadFn]:
-  """Returns one function for each reading, as each may fail alone.
+  """Return one function per reading, because each may fail separately.
 
-  A part of a card (MIG, vGPU) reports no load, and some cards report no power or no limit of it.
+  A part of a card (MIG, vGPU) reports no load; some cards report no power or no power limit.
   """
 
   def memory() -> dict[str, float]:
@@ -139,7 +145,7 @@ def _readings_of_gpu(nvml: ModuleType, handle: object, name: str) -> list[ReadFn
 
 
 def peak_memory_bytes(device: jax.Device) -> int:
-  """Returns the peak memory so far: of the device if it reports one, else of this process."""
+  """Return the peak memory of the device if it reports one, else of this process."""
   if peak_memory_source(device) == "device":
     return device.memory_stats()["peak_bytes_in_use"]
   kib = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux and bytes on macOS
@@ -147,5 +153,5 @@ def peak_memory_bytes(device: jax.Device) -> int:
 
 
 def peak_memory_source(device: jax.Device) -> str:
-  """Returns what `peak_memory_bytes` is of: "device" or "process"."""
+  """Return what `peak_memory_bytes` measures: "device" or "process"."""
   return "device" if (device.memory_stats() or {}).get("peak_bytes_in_use") else "process"

@@ -1,7 +1,7 @@
-"""Writes a run to TensorBoard, MLflow, W&B or Trackio.
+"""Backends that write a run to TensorBoard, MLflow, W&B or Trackio.
 
-Only tracker_worker.py imports this, in a process that serves one of them. A library's environment
-variables win over the defaults here, which keep everything in the workdir.
+Only tracker_worker.py imports this module, in a separate process for each tracker. By default all
+data stays in the workdir. A library's environment variables override these defaults.
 """
 
 import json
@@ -15,21 +15,22 @@ from typing import NamedTuple
 
 from jaxft.utils.types import Json
 
-PROJECT = "jaxft"  # where a variable of the library names no other
+PROJECT = "jaxft"  # unless an environment variable of the library sets another
 
 
 class TrackerRun(NamedTuple):
   """The first message to a tracker."""
 
-  id: str  # the same in all pieces of a run that is resumed
+  id: str  # stays the same when the run is resumed
   resumed: bool
   workdir: str
   name: str  # empty: not set
-  settings: Json  # of the config, by dotted name
-  samples: list[Json]  # lines of samples.jsonl that it got before the resume
+  settings: Json  # values of the config, by dotted name
+  samples: list[Json]  # lines of samples.jsonl that the tracker got before the resume
 
   @property
   def display_name(self) -> str:
+    """The run's name, or the name of its workdir."""
     return self.name or Path(self.workdir).name
 
 
@@ -37,12 +38,15 @@ Metrics = dict[str, float]
 
 
 def to_floats(line: Json) -> Metrics:
-  """Returns the numbers of a line of metrics.jsonl, also of "nan" and "inf", without its step."""
+  """Return the numbers of a line of metrics.jsonl, without its step.
+
+  The texts "nan" and "inf" become numbers, too.
+  """
   return {key: float(value) for key, value in line.items() if key != "step"}
 
 
 class TensorBoard:
-  """Event files. A run that begins again hides what was written before (`purge_step`)."""
+  """Writes event files. A new run hides older events there (`purge_step`)."""
 
   def __init__(self, run: TrackerRun):
     from tensorboardX import SummaryWriter
@@ -54,10 +58,10 @@ class TensorBoard:
       self.where = str(Path(folder) / f"{run.display_name}-{run.id[:6]}")
     self._writer = SummaryWriter(
       self.where,
-      # A full disk ends tensorboardX's thread, and a bounded queue would then block for ever.
+      # A full disk ends tensorboardX's thread; a bounded queue would then block forever.
       max_queue=0,
       purge_step=None if run.resumed else 0,
-      # Two pieces that start in the same second would have one file name, and one would be lost.
+      # Otherwise two starts in the same second would share a file name, and one would be lost.
       filename_suffix=f".{time.time_ns()}",
     )
     self._thread_errors: list[BaseException] = []
@@ -68,8 +72,8 @@ class TensorBoard:
       return value if isinstance(value, int | float | str) else str(value)
 
     settings = {key: plain(value) for key, value in run.settings.items()}
-    # The third summary would report that the run has succeeded.
-    assert self._writer.file_writer  # as long as it writes to a disk
+    # The third summary would mark the run as successful.
+    assert self._writer.file_writer  # set if it writes to a disk
     for summary in hparams(settings, {"eval/loss": None})[:2]:
       self._writer.file_writer.add_summary(summary)
     table = "".join(f"| {key} | {value} |\n" for key, value in run.settings.items())
@@ -80,6 +84,7 @@ class TensorBoard:
       self._thread_errors.append(args.exc_value)
 
   def write(self, metrics: list[tuple[int, Metrics]], samples: list[Json]) -> None:
+    """Write (step, values) pairs and lines of samples.jsonl."""
     for step, values in metrics:
       for key, value in values.items():
         self._writer.add_scalar(key, value, step)
@@ -92,18 +97,19 @@ class TensorBoard:
       raise self._thread_errors[0]
 
   def finish(self, status: str, why: str, step: int) -> None:
+    """Record how the run ended: finished, failed, preempted or killed."""
     self._writer.add_text("status", f"{status}: {why}" if why else status, step)
     self._writer.close()
     if self._thread_errors:
       raise self._thread_errors[0]
 
 
-# Without it MLflow's page (3.17) takes the runs for evaluations of a generative application.
+# Without this tag MLflow's page (3.17) shows the runs as evaluations of a generative application.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class MLflow:
-  """An experiment's run, found again by the tag `jaxft.id`. MLflow's parameters cannot change."""
+  """Writes an MLflow run. A resume finds it by its tag `jaxft.id`."""
 
   STATUS = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED", "killed": "KILLED"}
 
@@ -119,9 +125,10 @@ class MLflow:
     self._id = os.environ.get("MLFLOW_RUN_ID") or self._find_or_create(run, artifacts)
     if run.resumed:
       self._client.update_run(self._id, "RUNNING")
+    # MLflow does not allow a parameter to change: log only the new ones.
     logged = self._client.get_run(self._id).data.params
     params = [Param(key, str(value)) for key, value in run.settings.items() if key not in logged]
-    for i in range(0, len(params), 100):  # at most so many a request
+    for i in range(0, len(params), 100):  # the limit of one request
       self._client.log_batch(self._id, params=params[i : i + 100])
     self._samples = list(run.samples)
 
@@ -141,12 +148,13 @@ class MLflow:
     return client.create_run(experiment_id, tags=tags, run_name=run.display_name).info.run_id
 
   def write(self, metrics: list[tuple[int, Metrics]], samples: list[Json]) -> None:
+    """Write (step, values) pairs and lines of samples.jsonl."""
     from mlflow.entities import Metric
 
     now = time.time_ns() // 1_000_000
     values = [(step, key, value) for step, entry in metrics for key, value in entry.items()]
     points = [Metric(key=key, value=value, timestamp=now, step=step) for step, key, value in values]
-    for i in range(0, len(points), 1000):  # at most so many a request
+    for i in range(0, len(points), 1000):  # the limit of one request
       self._client.log_batch(self._id, metrics=points[i : i + 1000])
     if samples:
       self._samples += samples
@@ -155,15 +163,16 @@ class MLflow:
       self._client.log_text(self._id, text, "samples.txt")
 
   def finish(self, status: str, why: str, step: int) -> None:
+    """Record how the run ended: finished, failed, preempted or killed."""
     reason = f": {why}" if why else ""
     self._client.set_tag(self._id, "jaxft.status", f"{status} at step {step}{reason}")
     self._client.set_terminated(self._id, self.STATUS[status])
 
 
 class WandB:
-  """Online with an API key, else offline, for `wandb sync`.
+  """Writes a W&B run: online with an API key, else offline, for `wandb sync`.
 
-  Pieces of a resumed offline run are folders with the same id.
+  Each start of an offline run makes a folder; all have the same run id.
   """
 
   def __init__(self, run: TrackerRun):
@@ -180,8 +189,8 @@ class WandB:
       resume=None if is_set("RESUME") else "allow",
       name=run.display_name if run.name or not is_set("NAME") else None,
       mode=mode,
-      # By default the library uploads the console, the code, the command line, the git remote and
-      # readings of the host.
+      # By default the library uploads console output, code, command line, git remote and host
+      # metrics.
       settings=wandb.Settings(
         console="off", save_code=False, disable_git=True, x_disable_meta=True, x_disable_stats=True
       ),
@@ -192,6 +201,7 @@ class WandB:
     self._last_step = self._run.step
 
   def write(self, metrics: list[tuple[int, Metrics]], samples: list[Json]) -> None:
+    """Write (step, values) pairs and lines of samples.jsonl."""
     for step, values in metrics:
       self._run.log(values, step=step)
       self._last_step = max(self._last_step, step)
@@ -204,6 +214,7 @@ class WandB:
       self._run.log({"samples": table}, step=self._last_step)  # W&B drops an earlier step
 
   def finish(self, status: str, why: str, step: int) -> None:
+    """Record how the run ended: finished, failed, preempted or killed."""
     self._run.summary["status"] = f"{status}: {why}" if why else status
     if status == "preempted":
       self._run.mark_preempting()
@@ -211,14 +222,14 @@ class WandB:
 
 
 class Trackio:
-  """A run in Trackio's SQLite file, or on its server; its end is an alert, for want of a status."""
+  """Writes to Trackio's SQLite file or server; the end of the run is an alert."""
 
   def __init__(self, run: TrackerRun):
     os.environ.setdefault("TRACKIO_DIR", str(Path(run.workdir) / "trackio"))
     import trackio
 
     self._trackio = trackio
-    # It swallows its own errors and warns of them, from its threads too: `write` raises them.
+    # Trackio turns its errors into warnings, also in its threads. `write` raises them.
     self._errors: list[str] = []
     warnings.simplefilter("always")
 
@@ -228,7 +239,7 @@ class Trackio:
     warnings.showwarning = keep_warning
     self._run = trackio.init(
       os.environ.get("TRACKIO_PROJECT") or PROJECT,
-      # Trackio identifies runs by name: the id separates two workdirs of one name.
+      # Trackio identifies runs by name. The id distinguishes two workdirs with the same name.
       f"{run.display_name}-{run.id[:6]}",
       config=run.settings,
       resume="allow",
@@ -240,6 +251,7 @@ class Trackio:
     self._prompts: dict[str, int] = {}
 
   def write(self, metrics: list[tuple[int, Metrics]], samples: list[Json]) -> None:
+    """Write (step, values) pairs and lines of samples.jsonl."""
     for step, values in metrics:
       self._run.log(values, step)
     for line in samples:
@@ -249,6 +261,7 @@ class Trackio:
     self._raise_errors()
 
   def finish(self, status: str, why: str, step: int) -> None:
+    """Record how the run ended: finished, failed, preempted or killed."""
     levels = {"finished": self._trackio.AlertLevel.INFO, "failed": self._trackio.AlertLevel.ERROR}
     self._run.alert(status, why or None, levels.get(status, self._trackio.AlertLevel.WARN), step)
     self._run.finish()

@@ -1,8 +1,11 @@
-"""The process that serves one tracker: python -m jaxft.metrics.tracker_worker WRITER
+"""The process that serves one tracker.
 
-One JSON message a line on standard input, one answer a line on standard output. The first message
-is a `TrackerRun`, which has no answer; then come {"metrics": [lines], "samples": [lines], "end":
-null or {"status", "why"}}. If the input ends without an end, the run was killed.
+    python -m jaxft.metrics.tracker_worker WRITER
+
+It reads one JSON message per line from standard input, and writes one answer per line to standard
+output. The first message is a `TrackerRun`, without an answer. All others are {"metrics": [lines],
+"samples": [lines], "end": null or {"status", "why"}}. If the input ends before a message with an
+"end", the run was killed.
 """
 
 import json
@@ -17,13 +20,13 @@ from jaxft.metrics import tracker_backends
 from jaxft.utils.redact import redact
 from jaxft.utils.types import Json
 
-SHUTDOWN_TIMEOUT = 15  # seconds to report that a run was killed
-KILLED_STATUS = {"status": "killed", "why": "the process ended without a word"}
+SHUTDOWN_TIMEOUT = 15  # seconds, to report that the run was killed
+KILLED_STATUS = {"status": "killed", "why": "the process ended without an error message"}
 KILLED_MESSAGE = {"metrics": [], "samples": [], "end": KILLED_STATUS}
 
 
 class TrackerService:
-  """Opens the tracker when it is first needed, and again after that has failed."""
+  """Opens the tracker at the first message; retries at the next if that fails."""
 
   def __init__(self, name: str, run: tracker_backends.TrackerRun):
     self._name = name
@@ -32,7 +35,7 @@ class TrackerService:
     self._step = 0
 
   def __call__(self, message: Json) -> Json:
-    """Gives a message to the tracker; the answer has where it went, or why it failed."""
+    """Pass a message to the tracker; return {"where": ...} or {"failed": reason}."""
     try:
       metrics = [(line["step"], tracker_backends.to_floats(line)) for line in message["metrics"]]
       self._step = max([self._step, *(step for step, _ in metrics)])
@@ -42,7 +45,7 @@ class TrackerService:
         self._tracker.write(metrics, message["samples"])
       if message["end"]:
         self._tracker.finish(**message["end"], step=self._step)
-    except Exception as error:  # of a library, a network or a disk: the run goes on
+    except Exception as error:  # of a library, the network or a disk: must not end the run
       reason = first_line(error)
       kind = type(error).__name__
       return {"failed": redact(reason if kind in reason else f"{kind}: {reason}")}
@@ -50,12 +53,13 @@ class TrackerService:
 
 
 def main() -> None:
-  # These are meant for the run, which then sends how it ended.
+  """Serve the tracker until a message with an "end"."""
+  # These signals are for the run, which then sends its status.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   os.nice(10)
   answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-  for stream in (1, 2):  # libraries print, and what they print may hold a key
+  for stream in (1, 2):  # discard what libraries print: it may contain a key
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
   messages = queue.SimpleQueue()
   threading.Thread(target=_read_messages, args=(messages,), daemon=True).start()
@@ -70,7 +74,7 @@ def main() -> None:
 
 
 def _read_messages(messages: queue.SimpleQueue) -> None:
-  """Reads in a thread, because a library may hang while the run is killed."""
+  """Read messages in a thread: a hanging library must not hide a killed run."""
   message = {}
   for line in sys.stdin:
     message = json.loads(line)

@@ -1,14 +1,13 @@
-"""Feeds trackers without ever waiting for them.
+"""Send metrics and samples to trackers, without ever waiting for them.
 
-A tracker's library runs in a separate process (tracker_worker.py), and a thread here speaks with
-it. So the library cannot disturb the run: it may raise, hang, print, hold the interpreter while it
-is imported, leave threads and hooks behind. And when the run is killed, a process is left to report
-it.
+Each tracker's library runs in a separate process (tracker_worker.py), and a thread here talks to
+it. The library may raise, hang, print, block the interpreter during its import, or leave threads
+and hooks behind: none of this disturbs the run. If the run is killed, the process reports it.
 
-A run that is resumed goes on as the same run of the tracker; its id is in WORKDIR/trackers.json.
-Steps that were lost and are taken again are not sent again: they have the same losses bit for bit;
-TensorBoard, MLflow and Trackio would draw both, and W&B refuses a step below its last. A run that
-begins again, at step 0, is a new run everywhere.
+A resumed run continues the same tracker run, whose id is in WORKDIR/trackers.json. Lost steps that
+are repeated are not sent again, because their losses are the same bit for bit. TensorBoard, MLflow
+and Trackio would draw them twice, and W&B refuses a step below its last. A run that starts again
+from step 0 is a new run in every tracker.
 """
 
 import contextlib
@@ -34,49 +33,56 @@ from jaxft.utils.files import atomic_write
 from jaxft.utils.redact import redact
 from jaxft.utils.types import Json
 
-SHUTDOWN_TIMEOUT = 15  # seconds at the end, for all trackers together
-SEND_INTERVAL = 1  # seconds between messages: what comes meanwhile goes together
-MAX_QUEUE = 10_000  # lines that wait for a tracker; those that come then are dropped
-# The modules that each tracker needs.
+SHUTDOWN_TIMEOUT = 15  # seconds to wait at the end, for all trackers together
+SEND_INTERVAL = 1  # seconds between messages; entries in between are sent together
+MAX_QUEUE = 10_000  # lines that wait for a tracker; more are dropped
+# Tracker -> the modules that it needs.
 REQUIRED_MODULES = {name: (name,) for name in TRACKERS} | {"tensorboard": ("tensorboardX",)}
-# Only for MLflow's own database, which MLFLOW_TRACKING_URI may replace by a server.
+# Modules for MLflow's local database, not needed if MLFLOW_TRACKING_URI names a server.
 LOCAL_ONLY_MODULES = {"mlflow": ("MLFLOW_TRACKING_URI", ("sqlalchemy", "alembic"))}
 
 
 def enabled_trackers(tracking: TrackingSection) -> list[str]:
+  """Return the trackers in `tracking.writers`."""
   return [name for name in TRACKERS if name in tracking.writers]
 
 
 def missing_packages(tracking: TrackingSection) -> list[str]:
-  """Returns a line for each tracker whose library is not installed; nothing is imported."""
+  """Return a line for each tracker whose library is not installed; imports nothing."""
   lines = []
   for name in enabled_trackers(tracking):
     variable, more = LOCAL_ONLY_MODULES.get(name, ("", ()))
     modules = REQUIRED_MODULES[name] + (() if os.environ.get(variable) else more)
     if missing := " and ".join(module for module in modules if not _installed(module)):
-      problem = f"{name} needs {missing}, not installed here"
+      problem = f"{name} needs {missing}, which is not installed"
       lines.append(f'config.tracking.writers: {problem}: pip install "jaxft[tracking]"')
   return lines
 
 
 def _installed(module: str) -> bool:
   spec = importlib.util.find_spec(module)
-  return spec is not None and spec.origin is not None  # a folder ./wandb, which W&B makes, has none
+  # A folder ./wandb, which W&B creates, would be found as a namespace package, without an origin.
+  return spec is not None and spec.origin is not None
 
 
 class TrackerGroup:
-  """The sink of all trackers of a run, none in processes other than the first.
+  """The sink of all trackers of a run; only the first process has trackers.
 
-  A context manager, whose end gives the trackers the status of the run.
+  A context manager; its exit sends the status of the run to the trackers.
   """
 
   def __init__(self, *, config: Config, workdir: Path, start: int, files: JsonlSink, writes: bool):
-    """Reads WORKDIR/trackers.json, and writes it; raises StorageError.
+    """Read and update WORKDIR/trackers.json.
 
     Args:
-      start: step that the run goes on from.
-      files: entries of the run so far, and those that a resume has dropped.
-      writes: false in all processes but one.
+      config: the config of the run.
+      workdir: folder of the run.
+      start: step from which the run continues; 0 for a new run.
+      files: the entries so far, and those that a resume dropped.
+      writes: true in one process of the run; the others have no trackers.
+
+    Raises:
+      StorageError: if the file cannot be written.
     """
     self._names = enabled_trackers(config.tracking) if writes else []
     self._clients: list[TrackerClient] = []
@@ -104,14 +110,14 @@ class TrackerGroup:
       if name in self._resumed_names:
         run = self._run | {"samples": self._sent_samples}
         client = TrackerClient(tracker=name, run=run, backlog={}, sent=self._sent)
-      else:  # a tracker that is new to the run gets all of it
+      else:  # a tracker that was added on resume gets all entries so far
         run = self._run | {"samples": []}
         client = TrackerClient(tracker=name, run=run, backlog=self._entries, sent=set())
       self._clients.append(client)
     return self
 
   def write(self, kind: Kind, entry: Json, line: str) -> None:
-    """Queues an entry; returns at once."""
+    """Queue an entry, without waiting."""
     for client in self._clients:
       client.write(kind, entry)
 
@@ -125,7 +131,7 @@ class TrackerGroup:
 
 
 class TrackerClient(threading.Thread):
-  """Sends lines to the process of one tracker and waits for its answers, so that no step does."""
+  """Talks to the process of one tracker in a thread, so that no step waits for it."""
 
   def __init__(
     self,
@@ -134,11 +140,13 @@ class TrackerClient(threading.Thread):
     backlog: dict[str, list[Json]],
     sent: set[tuple],
   ):
-    """Starts the thread.
+    """Start the thread.
 
     Args:
+      tracker: name of the tracker, a key of `tracker_backends.BACKENDS`.
+      run: fields of a `tracker_backends.TrackerRun`.
       backlog: entries of each kind, to send first.
-      sent: `_entry_keys` of entries that need not be sent again.
+      sent: `_entry_keys` of the entries that were sent before a resume.
     """
     super().__init__(name=f"jaxft-{tracker}", daemon=True)
     self._tracker = tracker
@@ -154,6 +162,7 @@ class TrackerClient(threading.Thread):
     self.start()
 
   def write(self, kind: Kind, entry: Json) -> None:
+    """Queue an entry, unless it was sent before or the queue is full."""
     if self._sent and self._sent.issuperset(_entry_keys(kind, [entry])):
       return
     with self._changed:
@@ -163,24 +172,26 @@ class TrackerClient(threading.Thread):
         self._changed.notify()
 
   def finish(self, status: dict[str, str]) -> None:
+    """Queue the end of the run, without waiting."""
     with self._changed:
       self._end = status
       self._changed.notify()
 
   def wait(self, deadline: float) -> None:
-    """Waits for the tracker's end, not longer than until `deadline`; logs what was lost."""
+    """Wait for the tracker until `deadline` at most; log the number of lost lines."""
     self.join(max(0, deadline - time.monotonic()))
     if late := self.is_alive():
       if self._process:
         with contextlib.suppress(ProcessLookupError):
-          os.killpg(self._process.pid, signal.SIGKILL)  # with what the library has started
+          os.killpg(self._process.pid, signal.SIGKILL)  # with its child processes
       self.join(5)
     lost = self._given - self._arrived
     if lost or late:
-      timeout = f"not done after {SHUTDOWN_TIMEOUT} s; " if late else ""
-      log(f"{self._tracker}: {timeout}{lost:,} of {self._given:,} lines did not arrive")
+      timeout = f"not finished after {SHUTDOWN_TIMEOUT} s; " if late else ""
+      log(f"{self._tracker}: {timeout}{lost:,} of {self._given:,} lines were not delivered")
 
   def run(self) -> None:
+    """Send messages and read answers until the run ends; the thread's main loop."""
     try:
       with _start_worker(self._tracker) as process:
         self._process = process
@@ -193,11 +204,11 @@ class TrackerClient(threading.Thread):
           line = process.stdout.readline() or '{"failed": "its process has ended"}'
           self._handle_answer(json.loads(line), len(message["metrics"]) + len(message["samples"]))
           ended = message["end"] is not None
-    except (OSError, ValueError) as error:  # no process could be started, or it has died
+    except (OSError, ValueError) as error:  # the process did not start, or died
       self._handle_answer({"failed": first_line(error)}, 0)
 
   def _next_message(self) -> Json:
-    """Returns the entries to send, as soon as there are any, and the end of the run."""
+    """Wait for entries or the end of the run, and return them as a message."""
     with self._changed:
       if self._arrived:
         self._changed.wait_for(lambda: self._end, SEND_INTERVAL)
@@ -214,7 +225,7 @@ class TrackerClient(threading.Thread):
     elif not self._warned:
       self._warned = True
       error = redact(answer["failed"])
-      log(f"{self._tracker}: {error}; the run goes on, what was sent is lost there")
+      log(f"{self._tracker}: {error}; the run continues, but the tracker lost these entries")
 
 
 def _send(stream: IO[str], message: Json) -> None:
@@ -230,12 +241,12 @@ def _start_worker(tracker: str) -> subprocess.Popen[str]:
     stderr=subprocess.DEVNULL,
     text=True,
     encoding="utf-8",
-    start_new_session=True,  # Ctrl-C is for the run
+    start_new_session=True,  # so that Ctrl-C reaches only the run
   )
 
 
 def _entry_keys(kind: Kind, lines: list[Json]) -> set[tuple]:
-  """Returns (step, key) for each number and (step, when, prompt) for each sample."""
+  """Return (step, key) for each number and (step, when, prompt) for each sample."""
   if kind == "samples":
     return {(line["step"], line.get("when"), line.get("prompt")) for line in lines}
   return {(line["step"], key) for line in lines for key in line if not key.startswith("system/")}

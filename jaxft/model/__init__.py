@@ -1,1 +1,1 @@
-"""The decoder and its loss: pure maths on arrays; opens no file."""
+"""The decoder and its loss: pure functions of arrays, without file access."""

@@ -1,9 +1,14 @@
-"""Scaled dot-product attention, causal, with optional windows and segments, by one of four kernels.
+"""Causal scaled dot-product attention by one of four kernels.
 
-cuDNN's kernel on NVIDIA GPUs, the splash kernel on TPUs, chunks of queries anywhere, and the
-reference that tests compare with. Only the reference has all probabilities (B, N, T, S) in memory.
-What a device can do is decided here; `config.model.attention` is applied by `training.build`
-(`select_kernel`).
+Windows and segments are optional. The kernels:
+
+- cudnn: cuDNN's flash attention, on NVIDIA GPUs.
+- splash: JAX's Pallas kernel, on TPUs.
+- chunked: chunks of queries in plain XLA operations, on any device.
+- reference: the formula, which tests compare with. Only it stores all probabilities (B, N, T, S).
+
+This module decides which kernels a device supports. `training.build` (`select_kernel`) applies
+`config.model.attention`.
 
 B batch, T query length, S key length, N heads, H head size
 """
@@ -18,14 +23,14 @@ from jax.typing import DTypeLike
 from jaxft.model.attention_chunked import CHECKPOINT_NAME, ChunkedAttention, NonDiffArgs
 from jaxft.model.dropout import attention_dropout_mask
 
-FASTEST = {"gpu": "cudnn", "tpu": "splash"}  # elsewhere chunked
+FASTEST = {"gpu": "cudnn", "tpu": "splash"}  # on other platforms chunked
 KERNELS = ("cudnn", "splash", "chunked", "reference")
-LANES = 128  # of a TPU's vector unit: splash takes lengths that are multiples of it
-SPLASH_BLOCK = 512  # queries and keys of a block, as in MaxText; not measured here
+LANES = 128  # of a TPU's vector unit; splash requires lengths that are multiples of it
+SPLASH_BLOCK = 512  # queries and keys per block, as in MaxText; not measured here
 
 
 def fastest_kernel(device: jax.Device, dtype: DTypeLike, H: int) -> str:
-  """The fastest kernel that a device has for this dtype and head size."""
+  """Return the fastest kernel that a device supports for this dtype and head size."""
   shape = (dtype, H, False, False)
   return next(kernel for kernel in KERNELS if not unsupported_reason(kernel, device, *shape))
 
@@ -33,43 +38,55 @@ def fastest_kernel(device: jax.Device, dtype: DTypeLike, H: int) -> str:
 def unsupported_reason(
   kernel: str, device: jax.Device, dtype: DTypeLike, H: int, segments: bool, dropout: bool
 ) -> str:
-  """Why a device cannot use a kernel for this dtype, head size and kind of rows; "": it can."""
+  """Return why a device cannot use a kernel, or "" if it can.
+
+  Args:
+    kernel: one of `KERNELS`.
+    device: where the model runs.
+    dtype: of queries, keys and values.
+    H: head size.
+    segments: whether rows have several segments, as packed examples do.
+    dropout: whether probabilities get dropout.
+  """
   if kernel == "splash" and device.platform != "tpu":
-    return f"it is for TPUs, and this is a {device.platform}"
-  if kernel == "cudnn":  # 9.x, as jax 0.10 to 0.12 call it
+    return f"it requires a TPU, and this device is a {device.platform}"
+  if kernel == "cudnn":  # the limits of cuDNN 9.x as called by jax 0.10 to 0.12
     if device.platform != "gpu":
-      return f"it is for NVIDIA GPUs, and this is a {device.platform}"
+      return f"it requires an NVIDIA GPU, and this device is a {device.platform}"
     capability = float(getattr(device, "compute_capability", 0))
     if capability < 8:
-      return f"it needs compute capability 8.0, and this GPU has {capability}"
+      return f"it requires compute capability 8.0, and this GPU has {capability}"
     if jnp.dtype(dtype).itemsize != 2:
       return f"it computes in bfloat16, and the model in {jnp.dtype(dtype)}"
     max_H = 256 if capability >= 9 else 128
     if H % 8 or H > max_H:
-      return f"it takes heads of 8, 16 ... {max_H} here, and the model's have {H}"
+      return f"it requires a head size of 8, 16 ... {max_H} on this GPU, and the model's is {H}"
     if segments:
-      return "it does not keep packed examples apart"
+      return "it does not support packed examples"
   if kernel in ("cudnn", "splash") and dropout:
-    return "it has no dropout that is the same on every mesh"
+    return "its dropout is not reproducible across meshes"
   return ""
 
 
 def resolve_kernel(
   kernel: str, device: jax.Device, dtype: DTypeLike, H: int, segments: bool, dropout: bool
 ) -> tuple[str, str]:
-  """The kernel that training with `kernel` uses, and why it is not the device's fastest."""
+  """Return the kernel to train with, and why it is not the fastest ("" if it is).
+
+  An unsupported `kernel` falls back to chunked. For the arguments see `unsupported_reason`.
+  """
   fastest = FASTEST.get(device.platform, "chunked")
   shape = (dtype, H, segments, dropout)
   if unsupported_reason(kernel, device, *shape):
     kernel = "chunked"
   if kernel == fastest:
     return kernel, ""
-  reason = unsupported_reason(fastest, device, *shape) or "it is not asked for"
+  reason = unsupported_reason(fastest, device, *shape) or "it was not requested"
   return kernel, f"not {fastest}: {reason}"
 
 
 def attention_saveable(primitive: jax.extend.core.Primitive, *_: object, **params: object) -> bool:
-  """A policy for `jax.checkpoint`: save the kernels' outputs, so that none of them runs twice."""
+  """Save kernels' outputs: a `jax.checkpoint` policy. So no kernel runs twice."""
   is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
   return is_cudnn or params.get("name") == CHECKPOINT_NAME
 
@@ -87,19 +104,27 @@ def attention(
   dropout_rate: float = 0.0,
   keys_BN: jax.Array | None = None,
 ) -> jax.Array:
-  """Attend from each query to the keys at or before it in its own segment; returns (B, T, N, H).
+  """Attend from each query to the keys at or before it in its own segment.
 
-  Causality goes by column, not by position id: query t is in column `offset + t`, key s in column
-  s. So padding, packing and a key/value cache longer than what is filled need nothing but segments:
-  a query sees only keys of its own. With `window`, it sees only the last `window` columns up to its
-  own. Softmax is in float32 whatever the inputs are.
+  Causality is by column, not by position id: query t is in column `offset + t`, key s in column s.
+  So segments alone handle padding, packing and the unused end of a KV cache: a query sees only keys
+  of its segment. The softmax is computed in float32 for any input dtype.
 
   Args:
-    kernel: of `KERNELS`. What cuDNN and splash cannot do (a cache, dropout whose bits are the same
-      on every device, and segments on cuDNN) is computed in chunks.
-    segments: of the queries (B, T) and of the keys (B, S); None: one for all of a row.
-    dropout_rate: of the probabilities, when there are keys.
+    q_BTNH: queries.
+    k_BSNH: keys.
+    v_BSNH: values.
+    scale: factor of the logits before the softmax.
+    kernel: one of `KERNELS`. Calls that cuDNN and splash do not support fall back to chunked: with
+      a cache, with dropout (its bits must be the same on every device), and on cuDNN with segments.
+    offset: column of the first query: the number of columns that a cache already holds.
+    window: a query sees only the last `window` columns, its own included; None for all.
+    segments: segment ids of the queries (B, T) and of the keys (B, S); None for one per row.
+    dropout_rate: of the probabilities; ignored without `keys_BN`.
     keys_BN: dropout keys, one for each row and head.
+
+  Returns:
+    The weighted sums of the values, (B, T, N, H).
   """
   T, S = q_BTNH.shape[1], k_BSNH.shape[1]
   if window is not None and window >= S:
@@ -121,13 +146,13 @@ def attention(
   if kernel == "splash" and fits_kernels:
     return _splash(q_BTNH, k_BSNH, v_BSNH, scale, window, segments)
   nondiff = NonDiffArgs(offset, segments, keys_BN)
-  if kernel == "reference" or T == 1:  # one token at a time: the (B, N, T, S) array is small
+  if kernel == "reference" or T == 1:  # decoding: the (B, N, 1, S) array is small
     return _reference(q_BTNH, k_BSNH, v_BSNH, nondiff, scale, window, dropout_rate)
   return ChunkedAttention(scale, window, dropout_rate)(q_BTNH, k_BSNH, v_BSNH, nondiff)
 
 
 def _reference(q_BTNH, k_BSNH, v_BSNH, nondiff, scale, window, dropout_rate):
-  """The formula, written out."""
+  """Compute attention by the formula."""
   T, S = q_BTNH.shape[1], k_BSNH.shape[1]
   equation = "BTNH,BSNH->BNTS"
   logits_BNTS = scale * jnp.einsum(equation, q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
@@ -138,7 +163,8 @@ def _reference(q_BTNH, k_BSNH, v_BSNH, nondiff, scale, window, dropout_rate):
   if nondiff.segments is not None:
     q_segments_BT, k_segments_BS = nondiff.segments
     visible = visible & (q_segments_BT[:, None, :, None] == k_segments_BS[:, None, None, :])
-  # The lowest finite number, not -inf: a row with no visible key stays finite (the loss masks it).
+  # The lowest finite number, not -inf. With -inf, a query without a visible key (padding, which the
+  # loss masks) would get NaN, which would reach the gradients of all weights.
   p_BNTS = jax.nn.softmax(jnp.where(visible, logits_BNTS, jnp.finfo(jnp.float32).min))
   if nondiff.keys_BN is not None:
     p_BNTS = p_BNTS * attention_dropout_mask(nondiff.keys_BN, dropout_rate, jnp.arange(T), S)
@@ -146,12 +172,16 @@ def _reference(q_BTNH, k_BSNH, v_BSNH, nondiff, scale, window, dropout_rate):
 
 
 def _splash(q_BTNH, k_BTNH, v_BTNH, scale, window, segments):
-  """JAX's Pallas kernel; it skips blocks in which nothing is visible."""
+  """Call JAX's Pallas kernel, which skips blocks without a visible key.
+
+  Its interface differs from that of `attention`. It takes one row (N, T, H), requires T to be a
+  multiple of `LANES`, and does not scale the logits.
+  """
   from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
   T, N = q_BTNH.shape[1:3]
 
-  def pad(x):  # attention is causal, so no query sees the padding at the end
+  def pad(x):  # attention is causal, so no real query sees the padding at the end
     widths = [(0, 0), (0, -T % LANES)] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, widths)
 

@@ -1,8 +1,10 @@
-"""Attention without a (B, N, T, S) array, on any device: chunks of queries, forward and backward.
+"""Attention in chunks of queries on any device, without a (B, N, T, S) array.
 
-The mathematics of FlashAttention (Dao et al., arXiv:2205.14135) in XLA's own operations: the
-backward pass reads the output and each query's log-sum-exp, and computes the probabilities again
-from them. A chunk sees all of its keys at once.
+The mathematics is that of FlashAttention (Dao et al., arXiv:2205.14135), in plain XLA operations.
+The forward pass stores the output and each query's log-sum-exp. From these the backward pass
+recomputes the probabilities, p = exp(logits - log-sum-exp). Unlike FlashAttention, only queries are
+chunked: the scores (B, N, U, S) of a chunk with all of its keys are in memory at a time. So no
+softmax has to be combined from parts.
 
 B batch, T query length, S key length, U queries of a chunk, N heads, H head size
 """
@@ -16,12 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.model.dropout import attention_dropout_mask
 
 MIN_CHUNK = 128  # queries
-MAX_UNROLLED = 8  # chunks that are written out, each with only the keys that it can see
-CHECKPOINT_NAME = "attention"  # of the residuals beside q, k and v; read by remat policies
+# Chunks are unrolled, not looped over, because then each reads only the keys that it can see. With
+# 8 chunks that saves 44 % of the work of causal attention. More chunks would compile for longer.
+MAX_UNROLLED = 8
+CHECKPOINT_NAME = "attention"  # names the output and log-sum-exp for remat policies
 
 
 class Chunk(NamedTuple):
-  """Queries [start, start + U) and the keys [key_start, key_end) that they may see."""
+  """Queries [start, start + U) and the keys [key_start, key_end) that they can see."""
 
   start: jax.Array | int
   U: int
@@ -29,9 +33,11 @@ class Chunk(NamedTuple):
   key_end: int
 
   def queries(self, x: jax.Array, axis: int = 2) -> jax.Array:
+    """Slice the chunk's queries out of x."""
     return jax.lax.dynamic_slice_in_dim(x, self.start, self.U, axis)
 
   def keys(self, x: jax.Array, axis: int = 2) -> jax.Array:
+    """Slice the chunk's keys out of x."""
     return jax.lax.slice_in_dim(x, self.key_start, self.key_end, axis=axis)
 
 
@@ -40,7 +46,7 @@ class NonDiffArgs(NamedTuple):
 
   offset: jax.Array | int
   segments: tuple[jax.Array, jax.Array] | None  # of queries (B, T) and keys (B, S)
-  keys_BN: jax.Array | None
+  keys_BN: jax.Array | None  # of dropout
 
 
 # q, k, v, arguments without a gradient, the output, and each query's log-sum-exp (B, N, T).
@@ -48,7 +54,10 @@ Residuals: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, NonDiffArgs, jax.A
 
 
 class ChunkedAttention(NamedTuple):
-  """`attention` in chunks of queries; its fields are the same for all chunks."""
+  """Attention in chunks of queries; the fields are the same for all chunks.
+
+  Inside, q, k, v and the output are (B, N, T or S, H), so that products need no transpose.
+  """
 
   scale: float
   window: int | None
@@ -57,11 +66,12 @@ class ChunkedAttention(NamedTuple):
   def __call__(
     self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, nondiff: NonDiffArgs
   ) -> jax.Array:
-    """Return what `attention.attention` does, (B, T, N, H)."""
+    """Return the same as `attention.attention`, (B, T, N, H)."""
     T, S = q_BTNH.shape[1], k_BSNH.shape[1]
     U = min(T, -(-T // MAX_UNROLLED // MIN_CHUNK) * MIN_CHUNK)
-    # Dropout's bits are hundreds of operations: written out eight times, a compiler for TPUs takes
-    # minutes for them. In a loop all chunks have one shape: T is padded, and each sees all keys.
+    # Dropout's random bits take hundreds of operations. Unrolled eight times, they take a TPU
+    # compiler minutes. So with dropout the chunks are a loop. All chunks of a loop need one shape:
+    # T is padded, and every chunk reads all keys.
     use_scan = nondiff.keys_BN is not None
     chunk_at = lambda start: Chunk(start=start, U=U, key_start=0, key_end=S)
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BTNH, k_BSNH, v_BSNH))
@@ -84,8 +94,8 @@ class ChunkedAttention(NamedTuple):
 
         out, lse = map(merge_chunks, jax.lax.map(body, jnp.arange(0, q.shape[2], U)))
       else:
-        # A barrier after each chunk: XLA would look for fusions across chunks, which for GPT-J on
-        # an RTX 4090 takes it 23 s instead of 3, and has the scores of several in memory (2.4 GiB
+        # The barrier stops XLA from fusing across chunks. Without it, compiling GPT-J for an RTX
+        # 4090 takes 23 s instead of 3, and the scores of several chunks are in memory (2.4 GiB
         # instead of 0.7 for 8 x 2048 tokens; jax 0.10.2).
         barrier = jax.lax.optimization_barrier
         chunks = self.chunks(T, S, U, nondiff.offset)
@@ -96,7 +106,7 @@ class ChunkedAttention(NamedTuple):
 
     def backward(residuals, d_out):
       q, k, v, nondiff, *_ = residuals
-      # Every chunk adds to the gradients of the keys and values: their sums are in float32.
+      # Every chunk adds to the gradients of keys and values, so they are summed in float32.
       d_kv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
       if use_scan:
 
@@ -120,7 +130,11 @@ class ChunkedAttention(NamedTuple):
     return jnp.moveaxis(attend(q, k, v, nondiff), 1, 2)[:, :T]
 
   def chunks(self, T: int, S: int, U: int, offset: jax.Array | int) -> list[Chunk]:
-    """Split the queries, each chunk with the keys it can see; all keys where `offset` is traced."""
+    """Split the queries into chunks, each with the keys that it can see.
+
+    With a traced `offset` (a cache) the visible keys are unknown at compile time. Each chunk then
+    reads all keys, and only the mask hides the invisible ones.
+    """
     chunks = []
     for start in range(0, T, U):
       end = min(start + U, T)
@@ -133,11 +147,11 @@ class ChunkedAttention(NamedTuple):
     return chunks
 
   def logits(self, chunk: Chunk, q: jax.Array, k: jax.Array, nondiff: NonDiffArgs) -> jax.Array:
-    """(B, N, U, keys) in float32, the lowest finite number where a query does not see a key."""
+    """Return the masked logits (B, N, U, keys) in float32."""
     rows = nondiff.offset + chunk.start + jnp.arange(chunk.U)
     columns = jnp.arange(chunk.key_start, chunk.key_end)
-    # Tied to the queries: the mask is the same in all layers, so XLA would else compute it once for
-    # all chunks, heads and rows, and hold on to it.
+    # The barrier makes the mask depend on the queries. The mask is the same in all layers, so XLA
+    # would otherwise compute it once for all chunks, heads and rows, and keep it in memory.
     rows, _ = jax.lax.optimization_barrier((rows, q[0, 0, 0, 0]))
     distance = rows[:, None] - columns
     visible = distance >= 0
@@ -151,6 +165,7 @@ class ChunkedAttention(NamedTuple):
     return jnp.where(visible, self.scale * x, jnp.finfo(jnp.float32).min)
 
   def dropout(self, chunk: Chunk, keys_BN: jax.Array) -> jax.Array:
+    """Return the dropout factors (B, N, U, keys); both passes compute the same ones."""
     rows = chunk.start + jnp.arange(chunk.U)
     mask = attention_dropout_mask(keys_BN, self.dropout_rate, rows, chunk.key_end)
     return mask[..., chunk.key_start :]
@@ -158,21 +173,25 @@ class ChunkedAttention(NamedTuple):
   def forward(
     self, chunk: Chunk, q: jax.Array, k: jax.Array, v: jax.Array, nondiff: NonDiffArgs
   ) -> tuple[jax.Array, jax.Array]:
-    """Output (B, N, U, H) of a chunk, and each query's log-sum-exp (B, N, U)."""
+    """Return a chunk's output (B, N, U, H) and log-sum-exp of each query (B, N, U)."""
     x = self.logits(chunk, q, k, nondiff)
     row_max = x.max(-1, keepdims=True)
     p = jnp.exp(x - row_max)
     row_sum = p.sum(-1, keepdims=True)
     if nondiff.keys_BN is not None:
       p = p * self.dropout(chunk, nondiff.keys_BN)
-    # Divided after the product: U x H numbers, not U x S.
+    # Divide after the product: U x H numbers instead of U x S. Dropout applies to p alone, because
+    # the softmax is normalized before dropout.
     out = _einsum("BNUS,BNSH->BNUH", p.astype(v.dtype), chunk.keys(v)) / row_sum
     return out.astype(v.dtype), (row_max + jnp.log(row_sum))[..., 0]
 
   def backward(
     self, chunk: Chunk, residuals: Residuals, d_out: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of a chunk's queries, and what it adds to those of the keys and values it sees."""
+    """Return the gradients of a chunk's queries, keys and values.
+
+    Those of keys and values are partial sums: other chunks see the same keys.
+    """
     q, k, v, nondiff, out, lse = residuals
     d_out = chunk.queries(d_out)
     v = chunk.keys(v)
@@ -183,7 +202,8 @@ class ChunkedAttention(NamedTuple):
       mask = self.dropout(chunk, nondiff.keys_BN)
       p_dropped = p * mask
       dp = dp * mask
-    # FlashAttention's D: sum over S of p dp, which is the sum over H of d_out out, known without p.
+    # FlashAttention's D, of the softmax's gradient p (dp - D). D is the sum of p dp over S, which
+    # equals the sum of d_out out over H. That needs no second pass over the keys.
     d_out_f32 = d_out.astype(jnp.float32)
     delta = jnp.sum(d_out_f32 * chunk.queries(out).astype(jnp.float32), -1, keepdims=True)
     d_logits = (self.scale * p * (dp - delta)).astype(q.dtype)
@@ -194,7 +214,7 @@ class ChunkedAttention(NamedTuple):
 
 
 def merge_chunks(x: jax.Array) -> jax.Array:
-  """(chunks, B, N, U, ...) -> (B, N, chunks x U, ...)."""
+  """Merge chunks: (chunks, B, N, U, ...) -> (B, N, chunks x U, ...)."""
   x = jnp.moveaxis(x, 0, 2)
   return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 

@@ -1,4 +1,4 @@
-"""ComputeConfig: the dtypes, kernels and devices that a decoder computes with.
+"""ComputeConfig: the dtype, kernel and mesh that a decoder computes with.
 
 L layers
 """
@@ -17,56 +17,62 @@ from jaxft.sharding.rules import Axes, gather
 
 
 class LayerInfo(NamedTuple):
-  """How layers differ beside their weights: (L,) for all of them, () for one; None: not at all."""
+  """Differences between layers besides their weights.
 
-  index: jax.Array | int  # 0, 1, 2, ...: in a cache
-  window_index: jax.Array | None  # in `distinct_windows`
-  depth: jax.Array | None  # 1, 2, 3, ...: what its attention_scale is divided by
+  Fields are (L,) for all layers, () for one. None means that all layers are alike.
+  """
+
+  index: jax.Array | int  # 0, 1, 2, ...: the layer's index in a cache
+  window_index: jax.Array | None  # index in `ModelConfig.distinct_windows`
+  depth: jax.Array | None  # 1, 2, 3, ...: the divisor of attention_scale
 
   def at(self, index: jax.Array | int) -> "LayerInfo":
+    """Return the info of one layer."""
     window_index, depth = jax.tree.map(lambda x_L: x_L[index], (self.window_index, self.depth))
     return LayerInfo(index, window_index, depth)
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-  """How a model is run: it changes nothing in what is computed (but for rounding)."""
+  """How a model is run. Results do not depend on it, except for rounding."""
 
   dtype: jnp.dtype = jnp.dtype("float32")
   remat: str = "none"
-  mesh: Mesh | None = None  # of the arrays, sharded by sharding/rules.py; None: one device
+  mesh: Mesh | None = None  # arrays are sharded over it by sharding/rules.py; None: one device
   zero_stage: int = 3
-  attention: str = "reference"  # of `attention.KERNELS`
+  attention: str = "reference"  # one of `attention.KERNELS`
   vocab_multiple: int = 1  # vocabulary tables are padded to it, so that any mesh can split them
-  to_device: Callable[[jax.Array], jax.Array] = lambda x: x  # a weight from where it is stored
+  to_device: Callable[[jax.Array], jax.Array] = lambda x: (
+    x
+  )  # copies an offloaded weight to the device
 
   def padded_vocab(self, cfg: ModelConfig) -> int:
-    """Rows of the tables of a vocabulary of `cfg.V`."""
+    """Return the number of rows of the vocabulary tables, padding included."""
     return -(-cfg.V // self.vocab_multiple) * self.vocab_multiple
 
 
 def gather_weight(param: nnx.Param, compute: ComputeConfig) -> jax.Array:
-  """Cast a parameter, then gather it: in bfloat16 half the bytes travel.
+  """Cast a parameter to the compute dtype, then gather its shards.
 
-  The backward pass casts and gathers again: saved from the forward pass, the gathered weights of
-  all layers would be the whole model.
+  Casting first halves the bytes to gather in bfloat16. The backward pass casts and gathers again,
+  because the gathered weights of all layers would need the memory of the whole model.
   """
   axes = param.out_sharding
   if param.ndim == len(axes) - 1:
-    axes = axes[1:]  # inside the scan the layer axis is gone, its name is not
+    axes = axes[1:]  # inside the scan the parameter has no layer axis, but its metadata still does
   return cast_and_gather(compute.to_device(param[...]), axes, compute)
 
 
 def cast_and_gather(x: jax.Array, axes: Axes, compute: ComputeConfig) -> jax.Array:
-  """`gather_weight` of an array that is on the device, by its logical axes."""
+  """Cast and gather an array that is on the device, given its logical axes."""
   return gather(x.astype(compute.dtype), axes, compute.mesh, compute.zero_stage)
 
 
 def resolve_dtype(name: str, device: jax.Device) -> jnp.dtype:
-  """The dtype of activations; "auto" is bfloat16, or float32 where that is missing or gains little.
+  """Return the dtype of activations.
 
-  It gains little on a CPU (docs/speed.md). NVIDIA GPUs have it from compute capability 8.0 on: a
-  T4 (7.5) and a V100 (7.0) do not.
+  "auto" is bfloat16, except on CPUs, where it gains little (docs/speed.md), and on GPUs without it.
+  NVIDIA GPUs have it from compute capability 8.0; a T4 (7.5) and a V100 (7.0) do not.
   """
   if name != "auto":
     return jnp.dtype(name)

@@ -22,18 +22,20 @@ from jaxft.model.loss import Head, compute_logits
 from jaxft.sharding.rules import constrain, shard_rows
 from jaxft.utils.types import Params
 
-# Cheap to compute again, and what they make of a weight is as large as the layer.
+# Operations that remat "none" recomputes. They are cheap, and their results for the weights (cast
+# and gathered) would take as much memory as the layer.
 CHEAP_PRIMITIVES = {"convert_element_type", "sharding_constraint"}
 
 
 class Decoder(nnx.Module):
-  """Token ids in, hidden states out; `head` turns hidden states into logits."""
+  """Maps token ids to hidden states; `logits` maps hidden states to logits."""
 
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.cfg = cfg
     self.compute = compute
     self.embed = Embed(cfg, compute, rngs)
-    # One Block whose parameters have a leading layer axis; `lax.scan` below walks along it.
+    # One Block whose parameters have a leading layer axis. `lax.scan` iterates over that axis, so
+    # that a single layer is compiled for any depth.
     metadata = {nnx.PARTITION_NAME: "layers"}
     init_block = nnx.vmap(lambda rngs: Block(cfg, compute, rngs), transform_metadata=metadata)
     self.blocks = init_block(rngs.split(cfg.L))
@@ -52,18 +54,21 @@ class Decoder(nnx.Module):
     embeds_BTD: jax.Array | None = None,
     layers: list[Params] | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    """Return the hidden states (B, T, D) after the last norm, in the compute dtype, and the cache.
-
-    With a cache, these are T more columns after those in it, and the cache returned has them too;
-    the caller makes sure that it has room: `cache.length + T <= S`.
+    """Compute the hidden states of token ids, and update the cache if one is given.
 
     Args:
       ids_BT: token ids.
-      segments_BT: tokens see only tokens of their own segment; None: one segment a row.
-      positions_BT: position ids; None: those of the columns, 0, 1, 2, ...
-      keys_B: dropout keys, one for each row; None: no dropout.
-      embeds_BTD: `embed_tokens(ids_BT)`, by a caller that wants its gradient; None: it is computed.
-      layers: weights of each layer, with a cache that is `unstack`ed; None: they are in `blocks`.
+      cache: keys and values of earlier tokens. The new tokens are T more columns after them. The
+        caller makes sure that they fit: `cache.length + T <= S`.
+      segments_BT: segment ids; tokens see only their own segment. None for one segment per row.
+      positions_BT: position ids; None for those of the columns, 0, 1, 2, ...
+      keys_B: dropout keys, one for each row; None for no dropout.
+      embeds_BTD: `embed_tokens(ids_BT)`, from a caller that needs its gradient; None to compute it.
+      layers: weights of each layer, to unroll the scan; needs an `unstack`ed cache. None to scan
+        over `blocks`.
+
+    Returns:
+      The hidden states (B, T, D) after the last norm, in the compute dtype, and the updated cache.
     """
     embeds_BTD = self.embed_tokens(ids_BT) if embeds_BTD is None else embeds_BTD
     embed_keys_B, layers_keys_B = split_keys(keys_B, 2)
@@ -97,7 +102,10 @@ class Decoder(nnx.Module):
     return self.norm(x_BTD), cache
 
   def head(self) -> Head:
-    """The output table and its bias in float32; the bias of padding rows is minus infinity."""
+    """Return the output table and its bias in float32.
+
+    Padding rows of the table get a bias of minus infinity, so that their probability is 0.
+    """
     if self.cfg.classes:
       return Head(gather_weight(self.output.score, self.compute))
     table = self.embed.tokens if self.cfg.tied else self.output.kernel
@@ -113,11 +121,14 @@ class Decoder(nnx.Module):
     return Head(table_VD, bias_V, gather)
 
   def logits(self, h: jax.Array) -> jax.Array:
-    """(..., D) -> (..., V) in float32, or (..., classes), read at the last real token."""
+    """Map hidden states (..., D) to logits (..., V), or (..., classes), in float32.
+
+    The classes are those of the last real token of a text.
+    """
     return compute_logits(h, self.head())[..., : self.cfg.classes or self.cfg.V]
 
   def embed_tokens(self, ids_BT: jax.Array) -> jax.Array:
-    """Look up rows of the token table, (B, T, D), where it is stored, without gathering it."""
+    """Look up token embeddings (B, T, D) in the sharded table, without gathering it."""
     compute = self.compute
     embeds_BTD = compute.to_device(self.embed.tokens[...])[ids_BT].astype(compute.dtype)
     embeds_BTD = shard_rows(embeds_BTD, "parameters", compute.mesh, compute.zero_stage)
@@ -126,9 +137,14 @@ class Decoder(nnx.Module):
   def add_embedding_grads(self, grads: Params, ids: jax.Array, d_embeds: jax.Array) -> Params:
     """Add the gradient of `embed_tokens(ids)` to the gradient of the parameters.
 
-    It is added in float32 to what the head has left in the table's gradient: a second table would
-    take as much memory again, and bfloat16 loses what is added to the sum of a frequent token. A
-    frozen table has none.
+    It is added to the head's gradient of the same table, because a second table would double the
+    memory. The sum is in float32: in bfloat16, the sum of a frequent token would lose small terms.
+    A frozen table gets no gradient.
+
+    Args:
+      grads: gradient of the parameters.
+      ids: token ids (..., B, T).
+      d_embeds: gradient of their embeddings (..., B, T, D).
     """
     if "tokens" not in grads.get("embed", {}):
       return grads
@@ -147,6 +163,7 @@ class Decoder(nnx.Module):
     return constrain(embeds_BTD, ACTIVATION_AXES, self.compute.mesh)
 
   def layer_info(self) -> LayerInfo:
+    """Return the `LayerInfo` of all layers, to scan over."""
     windows = self.cfg.distinct_windows
     index_L = depth_L = None
     if len(windows) > 1:
@@ -157,7 +174,7 @@ class Decoder(nnx.Module):
 
 
 def default_positions(x: jax.Array) -> jax.Array:
-  """0, 1, 2, ... for every row of x (B, T, ...), (1, T)."""
+  """Return position ids 0, 1, 2, ... for x (B, T, ...), as (1, T)."""
   return jnp.arange(x.shape[1])[None]
 
 
@@ -171,20 +188,23 @@ def apply_remat(layer: Callable, remat: str) -> Callable:
     ),
     "full": policies.nothing_saveable,
   }[remat]
-  # prevent_cse guards against a compiler that undoes the recomputation; inside a scan it cannot,
-  # and guarding costs.
+  # prevent_cse stops the compiler from merging the recomputation with the forward pass. Inside a
+  # scan it cannot merge them, and prevent_cse would only cost time.
   return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def parameter_count(cfg: ModelConfig) -> int:
-  """Parameters of the model, without rows that pad its tables."""
+  """Return the number of parameters, without rows that pad the vocabulary."""
   _, shapes, _ = abstract_model(cfg, ComputeConfig())
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def init_model(cfg: ModelConfig, compute: ComputeConfig, seed: int = 0) -> Decoder:
-  """Create a decoder with new weights; under `jax.jit` with out_shardings they are made sharded."""
-  # sharding/rules.py makes the shardings from the axis names; flax must not look for a mesh here.
+  """Create a decoder with new weights.
+
+  Call it under `jax.jit` with out_shardings to create the weights sharded.
+  """
+  # sharding/rules.py derives the shardings from the axis names. Flax must not look for a mesh here.
   with nnx.use_eager_sharding(False):
     return Decoder(cfg, compute, nnx.Rngs(seed))
 
@@ -192,9 +212,11 @@ def init_model(cfg: ModelConfig, compute: ComputeConfig, seed: int = 0) -> Decod
 def abstract_model(
   cfg: ModelConfig, compute: ComputeConfig
 ) -> tuple[nnx.GraphDef[Decoder], Params, Params]:
-  """Describe a decoder without memory: graphdef, shapes of parameters, and their logical axes.
+  """Describe a decoder without allocating its weights.
 
-  The two dicts are nested alike. `nnx.merge(graphdef, params)` makes a decoder of such parameters.
+  Returns:
+    The graphdef, the shapes of the parameters, and their logical axes in the same nested dict.
+    `nnx.merge(graphdef, params)` makes a decoder from parameters of these shapes.
   """
   graphdef, state = nnx.split(nnx.eval_shape(lambda: init_model(cfg, compute)))
   axes = {}

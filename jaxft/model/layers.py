@@ -1,4 +1,4 @@
-"""The layers of the decoder.
+"""The decoder's modules: embeddings, attention, MLP, norms and output head.
 
 B batch, T query length, S key length, M = B T tokens, Q query, key and value, V vocabulary,
 P positions, D model, F feed-forward, L layers, N heads, H head size
@@ -24,7 +24,7 @@ ACTIVATION_AXES = ("batch", None, "act_embed")
 
 
 class Einsum(nnx.Module):
-  """`einsum(x, kernel) + bias`, plus a LoRA adapter where the config has one."""
+  """`einsum(x, kernel) + bias`, plus a LoRA adapter if the config has one."""
 
   def __init__(
     self,
@@ -52,8 +52,9 @@ class Einsum(nnx.Module):
       )
 
   def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-    """Apply to x (B, T, ...); `keys_B` are for the adapter's dropout."""
-    # B and T as one axis M: XLA's CPU compiler transposes a whole gradient to sum it over two axes.
+    """Apply the product to x (B, T, ...); `keys_B` are for the adapter's dropout."""
+    # Merge B and T into one axis M: XLA's CPU compiler transposes a whole gradient to sum it over
+    # two axes.
     x_M = x.reshape(-1, *x.shape[2:])
     y = jnp.einsum(self.equation, x_M, gather_weight(self.kernel, self.compute))
     y = y + gather_weight(self.bias, self.compute) if hasattr(self, "bias") else y
@@ -62,7 +63,7 @@ class Einsum(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """Layer normalisation, in float32 whatever the dtype of its input."""
+  """Layer normalization, computed in float32 for any input dtype."""
 
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig):
     self.eps = cfg.norm_eps
@@ -71,6 +72,7 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(cfg.D), out_sharding=("embed",))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    """Normalize x over D; the result has its dtype."""
     f32 = dataclasses.replace(self.compute, dtype=jnp.dtype("float32"))
     y_BTD = x_BTD.astype(jnp.float32)
     y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
@@ -80,6 +82,8 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
+  """Multi-head causal self-attention with its input and output products."""
+
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.cfg = cfg
     self.compute = compute
@@ -101,7 +105,8 @@ class Attention(nnx.Module):
       shape=(N, H, D),
       axes=("heads", None, "embed"),
       num_in_axes=2,
-      std=cfg.init_std / (2 * cfg.L) ** 0.5,  # GPT-2's, for what adds to the residual stream
+      # GPT-2's scale for the 2 L products that add to the residual stream.
+      std=cfg.init_std / (2 * cfg.L) ** 0.5,
       bias=cfg.out_bias,
       **shared,
     )
@@ -116,6 +121,17 @@ class Attention(nnx.Module):
     keys_B: jax.Array | None,
     adapter_keys: Keys,
   ) -> tuple[jax.Array, KVCache | None]:
+    """Return the output (B, T, D) and the cache with the layer's new keys and values.
+
+    Args:
+      x_BTD: the layer's normalized input.
+      cache: as in `Decoder.__call__`.
+      positions_BT: position ids, for rotary embeddings.
+      segments_BT: segment ids, or None.
+      info: the `LayerInfo` of this layer.
+      keys_B: keys of the dropout of probabilities.
+      adapter_keys: keys of the dropout of the two adapters, of qkv and out.
+    """
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD, adapter_keys[0]), axis=2)
     if info.depth is not None:
       q_BTNH = (q_BTNH.astype(jnp.float32) / info.depth).astype(q_BTNH.dtype)
@@ -127,7 +143,8 @@ class Attention(nnx.Module):
       segments_BS, offset = cache.segments_BS, cache.length
     keys_BN = None if keys_B is None else split_keys(keys_B, self.cfg.N).T
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
-    # One branch for each window: kernels want it static, and one scan walks along all layers.
+    # Kernels need a static window, but one scan runs all layers. So each distinct window gets a
+    # branch, and the layer selects one.
     branches = [functools.partial(self.attend, w, offset) for w in self.cfg.distinct_windows]
     if info.window_index is None:
       y_BTNH = branches[0](*operands)
@@ -136,7 +153,7 @@ class Attention(nnx.Module):
     return self.out(y_BTNH, adapter_keys[1]), cache
 
   def attend(self, window: int, offset: jax.Array | int, *operands: jax.Array | None) -> jax.Array:
-    """`attention` with this window (0: none), on each device's own rows and heads."""
+    """Attend with this window (0: none), on each device's own rows and heads."""
 
     def attend_locally(q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN):
       return attention(
@@ -152,7 +169,9 @@ class Attention(nnx.Module):
         keys_BN=keys_BN,
       )
 
-    if not isinstance(offset, int):  # with a cache: chunks, which the compiler splits as it likes
+    # With a cache, attention is chunked or reference: plain operations, which the compiler shards.
+    # It cannot shard the other kernels, so shard_map runs attention on each device's shard.
+    if not isinstance(offset, int):
       return attend_locally(*operands)
     head_axes = ("batch", None, "heads", None)
     segment_axes = ("batch", None)
@@ -161,6 +180,8 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
+  """The feed-forward network: up, GELU, down."""
+
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     D, F = cfg.D, cfg.F
     std = cfg.init_std
@@ -175,11 +196,14 @@ class Mlp(nnx.Module):
     )
 
   def __call__(self, x_BTD: jax.Array, adapter_keys: Keys) -> jax.Array:
+    """Return the output (B, T, D); `adapter_keys` are for adapters of up and down."""
     h_BTF = jax.nn.gelu(self.up(x_BTD, adapter_keys[0]), approximate=not self.exact_gelu)
     return self.down(h_BTF, adapter_keys[1])
 
 
 class Block(nnx.Module):
+  """One layer: attention and MLP with their norms and residual connections."""
+
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.cfg = cfg
     self.compute = compute
@@ -199,10 +223,11 @@ class Block(nnx.Module):
     info: LayerInfo,
     keys_B: jax.Array | None,
   ) -> tuple[jax.Array, KVCache | None]:
-    """Return the output (B, T, D) and the cache with the layer's keys and values, if there is one.
+    """Return the output (B, T, D) and the cache with the layer's new keys and values.
 
-    The arguments are those of `Decoder.__call__`; `info` is of this layer.
+    The arguments are those of `Decoder.__call__`; `info` belongs to this layer.
     """
+    # 7 keys per row: attention's probabilities, its output, the MLP's output, and four adapters.
     keys = split_keys(keys_B, 7)
     rate = self.cfg.residual_dropout
     h_BTD = self.norm1(x_BTD)
@@ -215,6 +240,8 @@ class Block(nnx.Module):
 
 
 class Embed(nnx.Module):
+  """Token embeddings and, without rotary positions, learned position embeddings."""
+
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.tokens = init_embedding(cfg, compute, rngs)
     if not cfg.rotary_dim:
@@ -223,7 +250,7 @@ class Embed(nnx.Module):
 
 
 class OutputHead(nnx.Module):
-  """What the head does not share: an untied table, a bias; or the scores of a classifier."""
+  """The head's parameters: an untied table, a bias, or a classifier's scores."""
 
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     if cfg.classes:
@@ -237,7 +264,10 @@ class OutputHead(nnx.Module):
 
 
 def init_embedding(cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs) -> nnx.Param:
-  """Draw a vocabulary table; padding rows are 0 and stay so: no gradient, and nothing to decay."""
+  """Draw a vocabulary table (padded V, D).
+
+  Padding rows are 0 and stay 0: they get no gradient, and weight decay keeps 0 at 0.
+  """
   table_VD = cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D))
   table_VD = jnp.pad(table_VD, [(0, compute.padded_vocab(cfg) - cfg.V), (0, 0)])
   return nnx.Param(table_VD, out_sharding=("vocab", "embed"))
@@ -246,8 +276,8 @@ def init_embedding(cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs) -> 
 def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int) -> jax.Array:
   """Rotate each head by its position (RoPE; Su et al., arXiv:2104.09864).
 
-  As in GPT-J, dimensions are rotated in pairs (0, 1), (2, 3), ..., and only the first `rotary_dim`.
-  Angles, sines and the rotation are in float32: bfloat16 rounds position 257 to 256.
+  Only the first `rotary_dim` dimensions are rotated, as in GPT-J in pairs (0, 1), (2, 3), ...
+  Angles, sines and the rotation are in float32, because bfloat16 rounds position 257 to 256.
   """
   inv_freq = 10000 ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
   angles = positions_BT.astype(jnp.float32)[:, :, None, None] * inv_freq

@@ -1,7 +1,8 @@
-"""LoRA (Hu et al., arXiv:2106.09685): low-rank adapters beside matrix products, trained instead.
+"""LoRA (Hu et al., arXiv:2106.09685): trains low-rank adapters of matrices.
 
-M tokens, G slots (of query, key, value) with matrices of their own, R rank, L layers. Products A B
-are of the paper's two matrices, A and B.
+An adapter adds scale x A B to a frozen matrix, where A and B are the paper's two thin matrices.
+
+M tokens, G slots (of query, key, value) with separate adapters, R rank, L layers
 """
 
 import math
@@ -30,9 +31,9 @@ TARGET_MODULES = {
 
 
 class Adapter(nnx.Module):
-  """`scale * dropout(x) A B`, shaped as `einsum(equation, x, kernel)`.
+  """Computes `scale * dropout(x) A B`, shaped like `einsum(equation, x, kernel)`.
 
-  Where the checkpoint has separate query, key and value products, each target has its own A and B.
+  If the checkpoint has separate query, key and value matrices, each target has its own A and B.
   """
 
   def __init__(
@@ -53,14 +54,15 @@ class Adapter(nnx.Module):
     group = (len(self.slots),) if self.slots else ()
     group_axes = (None,) * len(group)
     in_axes = slice(num_in_axes)
-    out_axes = slice(num_in_axes + len(group), None)  # without the kernel's own axis of q, k, v
+    out_axes = slice(num_in_axes + len(group), None)  # without the kernel's axis of q, k, v
     x_letters, kernel = equation.partition("->")[0].split(",")
     inner = kernel[in_axes]
     outer = kernel[out_axes]
     slot = "G" * len(group)
     self.down = f"{x_letters},{slot}{inner}R->M{slot}R"
     self.up = f"M{slot}R,{slot}R{outer}->M{slot}{outer}"
-    # As PEFT: A uniform within 1 / sqrt(fan-in); B zero, so that training begins with the model.
+    # As in PEFT, A is uniform within 1 / sqrt(fan-in) and B is zero, so that training starts from
+    # the unchanged model.
     bound = math.prod(shape[in_axes]) ** -0.5
     a_shape = (*group, *shape[in_axes], cfg.lora_rank)
     a = jax.random.uniform(rngs.params(), a_shape, minval=-bound, maxval=bound)
@@ -69,7 +71,7 @@ class Adapter(nnx.Module):
     self.lora_b = nnx.Param(b, out_sharding=(*group_axes, None, *axes[out_axes]))
 
   def __call__(self, x: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-    """Return what to add to the product (M, ...) of x (B, T, ...)."""
+    """Return the adapter's term (M, ...) of the product, for x (B, T, ...)."""
     x = dropout(x, self.cfg.lora_dropout, keys_B).reshape(-1, *x.shape[2:])
     down = jnp.einsum(self.down, x, gather_weight(self.lora_a, self.compute))
     delta = jnp.einsum(self.up, down, gather_weight(self.lora_b, self.compute))
@@ -78,28 +80,28 @@ class Adapter(nnx.Module):
 
 
 def has_adapter(cfg: ModelConfig, module: str) -> bool:
-  """Whether this module of a layer has an adapter."""
+  """Return whether this module of a layer has an adapter."""
   return any(TARGET_MODULES[target][1] == module for target in cfg.lora_targets)
 
 
 def qkv_slots(cfg: ModelConfig, module: str) -> tuple[int, ...]:
-  """Which of q (0), k (1), v (2) have their own adapter in this module; (): one is for all."""
+  """Return which of q (0), k (1), v (2) have an adapter each; () if they share one."""
   if module != "qkv":
     return ()
   return tuple(i for i, name in enumerate("qkv") if name in cfg.lora_targets)
 
 
 def merge(params: Params, cfg: ModelConfig) -> Params:
-  """Add scale A B to each kernel that has an adapter: the weights of a model without adapters.
+  """Return the weights of a model without adapters: merge them into the kernels.
 
-  Done shard by shard and layer by layer in the host's memory: the weights may be larger than the
-  device's.
+  Shards and layers are merged one at a time in host memory, because the weights may not fit in the
+  device's memory.
   """
   if not cfg.lora_rank:
     return params
   blocks = dict(params["blocks"])
   blocks |= {name: dict(blocks[name]) for name in ("attention", "mlp")}
-  # Sorted, so that all processes gather in the same order.
+  # Gathering is a collective, so all processes must do it in the same order.
   for layer, module in sorted({TARGET_MODULES[target] for target in cfg.lora_targets}):
     weights = dict(blocks[layer][module])
     adapter = weights.pop("adapter")
@@ -120,8 +122,14 @@ def merge(params: Params, cfg: ModelConfig) -> Params:
 
 
 def lora_delta(a: np.ndarray, b: np.ndarray, slots: tuple[int, ...]) -> np.ndarray:
-  """A B of one layer, shaped as the kernel."""
-  lead = int(bool(slots))  # leading axes
+  """Return A B of one layer, shaped like the kernel.
+
+  Args:
+    a: A of one layer, (G, inputs ..., R), or without G if `slots` is ().
+    b: B of one layer, (G, R, outputs ...), or without G if `slots` is ().
+    slots: from `qkv_slots`.
+  """
+  lead = int(bool(slots))  # 1 if the axis G exists
   delta = a.reshape(*a.shape[:lead], -1, a.shape[-1]) @ b.reshape(*b.shape[: lead + 1], -1)
   delta = delta.reshape(*a.shape[:-1], *b.shape[lead + 1 :])
   return np.asarray(_scatter_qkv(np.moveaxis(delta, 0, 1), slots)) if slots else delta
@@ -138,23 +146,23 @@ def select_adapters(tree: Params) -> Params:
 
 
 def without_adapters(tree: PyTree) -> PyTree:
-  """Drop the adapters from a tree of parameters, or from one like it."""
+  """Drop the adapters from a tree of parameters, or from a tree nested like it."""
   if not isinstance(tree, dict):
     return tree
   return {name: without_adapters(part) for name, part in tree.items() if name != "adapter"}
 
 
 def gather_to_host(x: jax.Array) -> np.ndarray:
-  """Copy a small array to every process, whole."""
+  """Copy a whole array to the host memory of every process; for small arrays."""
   if not x.is_fully_addressable:
-    assert isinstance(x.sharding, NamedSharding)  # what processes share is sharded over the mesh
+    assert isinstance(x.sharding, NamedSharding)  # arrays of several processes are on the mesh
     replicated = NamedSharding(x.sharding.mesh, PartitionSpec())
     x = jax.jit(lambda x: x, out_shardings=replicated)(x)
   return np.asarray(x)
 
 
 def _scatter_qkv(x: jax.typing.ArrayLike, slots: tuple[int, ...]) -> jax.Array:
-  """(..., slots, ...) -> (..., 3, ...) along axis 1, with zeros for the slots that x lacks."""
+  """Expand axis 1 from G slots to 3 (q, k, v), with zeros for missing slots."""
   by_slot = dict(zip(slots, jnp.unstack(x, axis=1), strict=True))
   zeros = jnp.zeros_like(by_slot[slots[0]])
   return jnp.stack([by_slot.get(i, zeros) for i in range(3)], 1)

@@ -1,3 +1,1 @@
-"""Compiles for hardware that need not exist: does a run fit, how fast is it, what to change."""
-
-"""Compiles for hardware that need not exist: does a run fit, how fast is it, what to change."""
+"""Plans: memory, speed and better settings of a run, without its hardware."""

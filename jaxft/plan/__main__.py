@@ -1,4 +1,4 @@
-"""Memory, speed and better settings of a run, without its hardware.
+"""Report memory, speed and better settings of a run, without its hardware.
 
 python -m jaxft.plan --config configs/X.py --device NAME [--fit] [--json]
 """
@@ -18,6 +18,7 @@ from jaxft.utils.files import atomic_write, expand_user
 
 
 def main() -> None:
+  """Print a plan for each device, as text or JSON."""
   arguments = flags.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), list_flags=("device",))
   devices = [name for text in arguments.device for name in text.split(",")]
   if not devices:

@@ -1,7 +1,8 @@
-"""Compiles in a separate process: CUDA and TPU each need an environment before JAX is imported.
+"""Ahead-of-time compilation in a separate process.
 
-Run as a module it is that process: one JSON request a line on standard input, one answer a line on
-standard output.
+The compilers for CUDA and TPU need environment variables that are set before JAX is imported. Run
+as a module, this file is that process. It reads one JSON request per line from standard input, and
+writes one answer per line to standard output.
 """
 
 import importlib.util
@@ -22,17 +23,17 @@ from jaxft.plan.measure import measure_step
 from jaxft.utils import backend
 from jaxft.utils.types import Json
 
-# Added to the caller's environment. Compiler flags come after the caller's, which a run has too: of
-# two the last counts.
+# Added to the caller's environment. Compiler flags are appended to the caller's, which also apply
+# to the run. If a flag is set twice, the last value counts.
 COMPILER_ENV = {
-  "JAX_PLATFORMS": "cpu",  # do not look for a device: the topology brings its own
+  "JAX_PLATFORMS": "cpu",  # do not look for devices: the topology defines them
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no driver here, so the version checks cannot run
-  "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # autotuning would need the device
+  "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # autotuning needs the device
   "TPU_SKIP_MDS_QUERY": "1",  # do not look for a metadata server
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is taken, so two plans may be made at once
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so two plans may run in parallel
   "LIBTPU_INIT_ARGS": backend.LIBTPU_STACK_FLAG,
   "TF_CPP_MIN_LOG_LEVEL": "3",
-  "JAX_TRACEBACK_FILTERING": "off",  # the last line of what it says is then the error
+  "JAX_TRACEBACK_FILTERING": "off",  # so that the last line of the output is the error
 }
 FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 PLUGINS = {"gpu": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
@@ -40,16 +41,19 @@ INSTALL_COMMAND = 'pip install "jaxft[plan]"'
 
 
 class CompileRequest(NamedTuple):
-  """One thing to compile."""
+  """A config and a device to compile for."""
 
-  config: str  # as `jaxft.config.to_json` writes it
+  config: str  # JSON of `jaxft.config.to_json`
   cfg: Json  # fields of the ModelConfig
   device: str
-  text: bool = False  # return the compiled programs' texts too
+  text: bool = False  # also return the text of the compiled programs
 
 
 class Compiler:
-  """The process, started at the first request and again after it has died. A context manager."""
+  """The compiler process, started at the first request, or after it died.
+
+  A context manager.
+  """
 
   def __enter__(self) -> "Compiler":
     self._process: subprocess.Popen[str] | None = None
@@ -60,9 +64,12 @@ class Compiler:
     self._end()
 
   def __call__(self, request: CompileRequest) -> Json:
-    """Returns what `measure_step` does, or {"refused": reason} from the compiler or jaxft.
+    """Compile, and return the result of `measure_step`.
 
-    Raises RequestError when the compiler for the device is not installed, or the process dies.
+    If jaxft or the compiler refuses the config, return {"refused": reason}.
+
+    Raises:
+      RequestError: if the compiler is not installed, or its process dies.
     """
     target = specs.parse_device(request.device)
     check_compiler_installed(target)
@@ -75,13 +82,13 @@ class Compiler:
       process.stdin.write(json.dumps(request._asdict()) + "\n")
       process.stdin.flush()
     except BrokenPipeError:
-      pass  # the reason it died follows
+      pass  # the process died; its error is read below
     for line in process.stdout:
       if line.startswith("answer: "):
         return json.loads(line.removeprefix("answer: "))
     code = process.wait()
     self._stderr.seek(0)
-    last = (self._stderr.read().strip() or "it said nothing").splitlines()[-1]
+    last = (self._stderr.read().strip() or "no output").splitlines()[-1]
     self._end()
     raise RequestError(f"--device={request.device!r}: the compiler ended with code {code}: {last}")
 
@@ -108,7 +115,7 @@ class Compiler:
 
 
 def compiler_env() -> dict[str, str]:
-  """Returns the environment of the process that compiles."""
+  """Return the environment of the compiler process."""
 
   def merge_flags(name: str) -> str:
     return f"{os.environ.get(name, '')} {COMPILER_ENV[name]}".strip()
@@ -120,7 +127,7 @@ def compiler_env() -> dict[str, str]:
 
 
 def check_compiler_installed(target: specs.Target) -> None:
-  """Raises RequestError, with the install command, if the target's compiler is missing."""
+  """Raise RequestError, with the install command, if the compiler is missing."""
   plugin = "tpu" if target.kind in specs.TPUS else "gpu" if target.kind in specs.GPUS else None
   if plugin and not _installed(PLUGINS[plugin]):
     problem = "its compiler is not installed"
@@ -135,13 +142,14 @@ def _installed(module: str) -> bool:
 
 
 def main() -> None:
+  """Answer requests until standard input ends."""
   for line in sys.stdin:
     request = CompileRequest(**json.loads(line))
     try:
       config = jaxft.config.from_json(request.config)
       cfg = ModelConfig(**request.cfg)
       answer = measure_step(config, cfg, specs.parse_device(request.device), request.text)
-    # The compilers refuse with the last two as well: an unknown topology, an instruction they lack.
+    # The compilers raise the last two for an unknown topology or an unsupported instruction.
     except (JaxftError, jax.errors.JaxRuntimeError, AssertionError, NotImplementedError) as error:
       answer = {"refused": str(error) if isinstance(error, JaxftError) else first_line(error)}
     print("answer: " + json.dumps(answer), flush=True)

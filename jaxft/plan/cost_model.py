@@ -1,4 +1,6 @@
-"""Estimates memory and time of settings by formulas, to rank them; `search` corrects the bytes.
+"""Cost model: formulas for memory and time that rank settings.
+
+The formulas are rough. `search` corrects the bytes with those of compiled programs.
 
 B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H head size
 """
@@ -19,25 +21,30 @@ from jaxft.sharding import rules
 from jaxft.training import offload, optimizer, trainable
 from jaxft.utils.types import Json, PyTree
 
-# FLOPs, bytes moved, sent and fetched a second of a device without a data sheet: a GPU's ratios.
+# Speeds of a device without a data sheet, in the ratios of a GPU: FLOPs, bytes moved in memory,
+# sent over the network, and fetched over the bus.
 UNKNOWN_SPEEDS = (200, 10, 1, 0.2)
-# How often layers and attention are computed in a step: forward, twice that backward, and once more
-# what remat recomputes.
+# Remat policy -> forward passes of (layers, attention) that a step costs: 1 forward, 2 backward,
+# and 1 if remat recomputes it.
 COMPUTE_PASSES = {"none": (3, 3), "dots": (3, 4), "full": (4, 4)}
 
 
 class CostModel(NamedTuple):
-  """Formulas for one model, config and target; bytes and seconds are of one device and one step."""
+  """Formulas for one model, config and target.
+
+  Bytes and seconds are those of one device and one step.
+  """
 
   config: Config
   cfg: ModelConfig
   target: specs.Target
-  trained: PyTree  # shapes of the parameters that are trained
+  trained: PyTree  # shapes of the trainable parameters
   opt_state: PyTree  # shapes of all optimizer state
-  frozen: PyTree  # shapes of the other parameters
+  frozen: PyTree  # shapes of the frozen parameters
 
   @classmethod
   def from_config(cls, config: Config, cfg: ModelConfig, target: specs.Target) -> "CostModel":
+    """Make the model from a config; allocates no arrays."""
     all_params = abstract_model(cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
     trained, frozen = trainable.partition(all_params, cfg.trained)
     opt_state = jax.eval_shape(optimizer.make_optimizer(config.optim).init, trained)
@@ -53,7 +60,7 @@ class CostModel(NamedTuple):
 
   @property
   def trained_bytes(self) -> int:
-    """Bytes of the trained parameters, and of their gradient."""
+    """Bytes of the trainable parameters; the same for their gradient."""
     return _nbytes(self.trained)
 
   @property
@@ -63,12 +70,18 @@ class CostModel(NamedTuple):
     return 4 if not bfloat16 or self.config.model.compute_dtype == "float32" else 2
 
   def shard_bytes(self, settings: Json, what: str, nbytes: int) -> int:
-    """Returns the bytes on a device of parameters, gradients or optimizer state."""
+    """Return the bytes on one device of parameters, gradients or optimizer state.
+
+    Args:
+      settings: values by dotted name.
+      what: "parameters", "gradients" or "optimizer".
+      nbytes: bytes of the whole tree.
+    """
     is_sharded = settings["mesh.zero_stage"] >= rules.MIN_ZERO_STAGE[what]
     return nbytes // settings["mesh.tensor"] // (settings["mesh.fsdp"] if is_sharded else 1)
 
   def state_bytes(self, settings: Json) -> int:
-    """Estimates weights, gradient and optimizer state on the device."""
+    """Estimate the bytes of weights, gradient and optimizer state on a device."""
     if settings["memory.offload"] == "all":
       return 0
     compressed = self.itemsize / 4
@@ -82,7 +95,12 @@ class CostModel(NamedTuple):
     return int(weights + gradient + moments)
 
   def other_bytes(self, settings: Json, B: int) -> float:
-    """Estimates activations, logits and gathered or fetched weights, with B rows at once."""
+    """Estimate the bytes of activations, logits and gathered or fetched weights.
+
+    Args:
+      settings: values by dotted name.
+      B: sequences of a micro-batch on a device.
+    """
     cfg = self.cfg
     T = self.config.data.sequence_length
     itemsize = self.itemsize
@@ -97,7 +115,8 @@ class CostModel(NamedTuple):
     logits = B * (min(chunk, T) or T) * vocab * (8 + itemsize)
     gathered = itemsize * self.param_bytes / cfg.L / tensor + (itemsize + 4) * cfg.D * vocab
     if settings["memory.offload"] == "all":
-      # The inputs of all layers and accumulation steps; a layer and its gradient.
+      # Offloading stores the inputs of all layers for every accumulation step, and one layer with
+      # its gradient.
       steps = self._accumulation_steps(settings, B)
       layers += (steps - 1) * cfg.L * cfg.D * itemsize
       layers -= (cfg.L - 1) * (saved[remat] - saved["full"])
@@ -105,7 +124,11 @@ class CostModel(NamedTuple):
     return B * T / tensor * layers + logits + gathered
 
   def seconds(self, settings: Json, B: int) -> float:
-    """Estimates the time of a step: FLOPs, bytes moved and bytes sent overlap only in part."""
+    """Estimate the time of a step.
+
+    Compute, memory and network overlap only in part: the longest counts fully, and all of them by a
+    tenth. The bus does not overlap.
+    """
     spec = self.target.spec
     efficiency = roofline.EFFICIENCY
     speeds = UNKNOWN_SPEEDS
@@ -114,7 +137,7 @@ class CostModel(NamedTuple):
       speeds = (spec.peak_flops(dtype), spec.bandwidth, self.target.link, spec.bus)
     work = (self._flops(settings, B), self._moved(settings, B), self._sent(settings, B))
     times = [n / (share * speed) for n, share, speed in zip(work, efficiency[:3], speeds[:3])]
-    # Where the host has a share of the state, every device fetches its own shard of it.
+    # Each device fetches its own shard of the state that is on the host.
     num_shards = settings["mesh.fsdp"] * settings["mesh.tensor"]
     traffic = offload.host_traffic(
       settings["memory.offload"],
@@ -124,7 +147,7 @@ class CostModel(NamedTuple):
     return max(times) + 0.1 * sum(times) + sum(traffic) / (efficiency.bus * speeds[3])
 
   def _flops(self, settings: Json, B: int) -> float:
-    """Returns the FLOPs of all matrix products of a step."""
+    """Return the FLOPs of all matrix products of a step."""
     cfg = self.cfg
     T = self.config.data.sequence_length
     tensor = settings["mesh.tensor"]
@@ -135,7 +158,7 @@ class CostModel(NamedTuple):
     return products * self._tokens(settings, B) / tensor
 
   def _moved(self, settings: Json, B: int) -> float:
-    """Returns the bytes between memory and cores."""
+    """Return the bytes that move between memory and cores."""
     steps = self._accumulation_steps(settings, B)
     _, attention_passes = COMPUTE_PASSES[settings["memory.remat"]]
     layer, _ = self._layer_bytes()
@@ -146,7 +169,7 @@ class CostModel(NamedTuple):
     return self._tokens(settings, B) * moved + state
 
   def _sent(self, settings: Json, B: int) -> float:
-    """Returns the bytes to other devices."""
+    """Return the bytes sent to other devices."""
     cfg = self.cfg
     itemsize = self.itemsize
     tensor = settings["mesh.tensor"]
@@ -154,9 +177,12 @@ class CostModel(NamedTuple):
     steps = self._accumulation_steps(settings, B)
     layer_passes, _ = COMPUTE_PASSES[settings["memory.remat"]]
 
-    def ring(size: int) -> float:  # share of its bytes that a device sends
+    def ring(size: int) -> float:  # share of its bytes that a device sends in a ring
       return (size - 1) / size
 
+    # Stage 3 gathers the weights twice, forward and backward. From stage 2 on, gradients are
+    # reduce-scattered in the compute dtype. Stage 1 all-reduces them in float32, which sends every
+    # byte twice.
     gather = steps * itemsize / 4 * (2 if stage == 3 else 1)
     scatter = steps * (itemsize / 4 if stage > 1 else 2)
     sent = gather * self.param_bytes + scatter * self.trained_bytes
@@ -173,11 +199,11 @@ class CostModel(NamedTuple):
     return self.config.train.batch_size // (settings["mesh.data"] * settings["mesh.fsdp"]) // B
 
   def _layer_bytes(self) -> tuple[int, int]:
-    """Returns the bytes of a token in a layer: inputs and outputs of products; attention scores."""
+    """Return the bytes of a token in a layer: (matrix products, attention scores)."""
     cfg = self.cfg
     T = self.config.data.sequence_length
     products = (8 * cfg.D + 3 * cfg.F) * self.itemsize + 8 * cfg.D
-    # Of the queries of one chunk (model/attention_chunked.py).
+    # Scores exist only for the queries of one chunk (model/attention_chunked.py).
     scores = cfg.N * T * (4 + self.itemsize) // MAX_UNROLLED
     return products, scores
 

@@ -1,4 +1,9 @@
-"""Reads a compiled program's text: collectives and bytes moved, with the trip counts of loops."""
+"""Analysis of a compiled program's text (HLO): collectives and memory traffic.
+
+A program is a list of computations, each a list of instructions. A loop calls its body's
+computation as often as its trip count. A fusion calls a computation too, but runs it as one kernel,
+whose intermediate values never reach memory.
+"""
 
 import collections
 import math
@@ -20,9 +25,9 @@ CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 LOOP_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 NAME = re.compile(r"[\w.\-]+")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
-# Instructions that call other computations: programs, not the inside of an instruction.
+# Instructions that run other computations as programs. Other callers, such as fusions, inline them.
 CONTROL_FLOW_OPS = {"while", "conditional", "call"}
-# Instructions that name memory or steer, and move nothing themselves.
+# Instructions that move no bytes themselves: they name memory or control the order.
 NO_TRAFFIC_OPS = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 NO_TRAFFIC_OPS |= {"partition-id", "replica-id", "opt-barrier", "optimization-barrier", "iota"}
 NO_TRAFFIC_OPS |= CONTROL_FLOW_OPS
@@ -33,18 +38,20 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, dimensions) of each 
 
 
 class Collective(NamedTuple):
+  """A collective operation of a program."""
+
   kind: str
-  shapes: Shapes  # the larger of inputs and outputs
-  times: int  # how often it runs in one run of the program
+  shapes: Shapes  # its inputs or its outputs, whichever are larger
+  times: int  # executions in one run of the program
 
   @property
   def nbytes(self) -> int:
-    """Of all its runs."""
+    """Bytes of all its executions in one run of the program."""
     return self.times * sum(DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape in self.shapes)
 
 
 def collectives(text: str) -> list[Collective]:
-  """Returns every collective of a program, from `compiled.as_text()`."""
+  """Return every collective of a program, from `compiled.as_text()`."""
   computations, entry = _parse_computations(text)
   times = _execution_counts(computations, entry)
   ops = []
@@ -53,19 +60,19 @@ def collectives(text: str) -> list[Collective]:
     for line in lines:
       match = COLLECTIVE.search(line)
       if match and times[name]:
-        # libtpu spreads one collective over several fusions.
+        # libtpu spreads one collective over several fusions: count a channel once.
         if "fus" in name and (channel := CHANNEL.search(line)):
           if channel[1] in channels:
             continue
           channels.add(channel[1])
-        # libtpu's fusion of an all-reduce with a slice of it, which is what travels.
+        # libtpu fuses an all-reduce with a slice of its result; only the slice is sent.
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else match[2]
         ops.append(Collective(kind, _largest_shapes(match[1]), times[name]))
   return ops
 
 
 def bytes_by_kind(ops: list[Collective]) -> dict[str, int]:
-  """Returns the bytes of one run of the program for each kind of collective."""
+  """Return the bytes of each kind of collective in one run of the program."""
   total = collections.Counter()
   for collective in ops:
     total[collective.kind] += collective.nbytes
@@ -73,11 +80,14 @@ def bytes_by_kind(ops: list[Collective]) -> dict[str, int]:
 
 
 def hbm_bytes(text: str) -> int:
-  """Returns the bytes that a program reads from a device's memory and writes to it, in one run.
+  """Return the bytes that one run of a program moves from and to device memory.
 
   A fusion reads its operands and writes its result once. If an array is only sliced, or updated by
-  a slice, the slice counts: the weights of all layers go into every iteration of the loop over
-  layers, which reads those of one.
+  a slice, only the slice counts. For example, every iteration of the loop over layers takes the
+  weights of all layers, but reads those of one.
+
+  Args:
+    text: `compiled.as_text()`.
   """
   computations, entry = _parse_computations(text)
   module: HloModule = {}
@@ -94,16 +104,19 @@ def hbm_bytes(text: str) -> int:
 
 
 class Instruction(NamedTuple):
+  """An instruction of a computation."""
+
   name: str
   op: str
-  shapes: tuple[int, ...]  # bytes of each part of its result
+  shapes: tuple[int, ...]  # bytes of each array of its result
   operands: tuple[str, ...]
   called: tuple[str, ...]
   root: bool
-  index: int  # of a parameter
+  index: int  # number of a parameter; -1 for other instructions
 
   @property
   def nbytes(self) -> int:
+    """Bytes of its result."""
     return sum(self.shapes)
 
 
@@ -115,6 +128,7 @@ def _parse_instruction(line: str) -> Instruction | None:
   if not match:
     return None
   name, shape, op, rest = match.groups()
+  # Split the operands from the attributes: find the parenthesis that closes the operands.
   depth = 1
   end = 0
   while end < len(rest) and depth:
@@ -140,28 +154,28 @@ def _called_computations(text: str) -> list[str]:
 def _instruction_bytes(module: HloModule, body: dict[str, Instruction], it: Instruction) -> int:
   if it.op in NO_TRAFFIC_OPS or it.op.endswith("-done"):
     return 0
-  if it.op in ("fusion", "fusion-start"):  # the second is asynchronous, up to its "-done"
+  if it.op in ("fusion", "fusion-start"):  # "fusion-start" is asynchronous, until its "-done"
     (fused,) = it.called
     operands = [(i, body[name]) for i, name in enumerate(it.operands) if name in body]
     read = sum(_fusion_bytes_read(module, fused, i, operand.nbytes) for i, operand in operands)
     return read + _fusion_bytes_written(module, fused)
   if it.op.endswith("-start"):
-    return it.nbytes  # of inputs and outputs
+    return it.nbytes  # its result contains inputs and outputs
   if it.op in ("dynamic-slice", "slice", "gather"):
     return 2 * it.nbytes
   if it.op == "dynamic-update-slice":
     return 2 * body[it.operands[1]].nbytes
-  # Other results of a custom call are its workspace.
+  # The first result of a custom call is its output, the others are workspace.
   written = it.shapes[:1] if it.op == "custom-call" else it.shapes
   return sum(written) + sum(body[name].nbytes for name in it.operands if name in body)
 
 
 def _fusion_bytes_read(module: HloModule, fused: str, index: int, nbytes: int) -> int:
-  """Returns the bytes that a fusion reads of one operand, which has `nbytes`."""
+  """Return the bytes that a fusion reads of one operand of `nbytes` bytes."""
   body = module[fused]
   names = {it.name for it in body.values() if it.index == index}
   total = 0
-  for it in body.values():  # each comes after what it uses
+  for it in body.values():  # in order: an instruction follows its operands
     uses = [i for i, name in enumerate(it.operands) if name in names]
     if not uses:
       continue
@@ -170,7 +184,7 @@ def _fusion_bytes_read(module: HloModule, fused: str, index: int, nbytes: int) -
     elif it.op in ("dynamic-slice", "slice", "gather") and uses == [0]:
       total += it.nbytes
     elif it.op == "dynamic-update-slice" and uses == [0]:
-      total += 0  # a donated buffer: its slice is counted as written
+      total += 0  # a donated buffer: the updated slice counts as written
     elif it.op == "fusion":
       total += sum(_fusion_bytes_read(module, it.called[0], i, nbytes) for i in uses)
     elif it.op not in ("tuple", "get-tuple-element"):
@@ -179,7 +193,7 @@ def _fusion_bytes_read(module: HloModule, fused: str, index: int, nbytes: int) -
 
 
 def _fusion_bytes_written(module: HloModule, fused: str) -> int:
-  """Returns the bytes that a fusion writes."""
+  """Return the bytes that a fusion writes."""
   body = module[fused]
 
   def written(it: Instruction) -> int:
@@ -195,7 +209,7 @@ def _fusion_bytes_written(module: HloModule, fused: str) -> int:
 
 
 def _parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Returns the lines of each computation by its name, and the name of the entry."""
+  """Return the lines of each computation by its name, and the name of the entry."""
   computations: dict[str, list[str]] = {}
   entry = name = ""
   for line in text.splitlines():
@@ -212,7 +226,7 @@ def _parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _execution_counts(computations: dict[str, list[str]], entry: str) -> collections.Counter:
-  """Returns how often each computation runs."""
+  """Return how often each computation runs in one run of the program."""
   times = collections.Counter()
 
   def visit(name: str, count: int) -> None:
@@ -227,9 +241,10 @@ def _execution_counts(computations: dict[str, list[str]], entry: str) -> collect
 
 
 def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
-  """Returns the trip count of a loop, or 1 if it is not known.
+  """Return the trip count of a loop, or 1 if it is unknown.
 
-  The compiler notes it or, as libtpu (0.0.42) does not, it is the limit of the loop's counter.
+  Most compilers annotate it. libtpu (0.0.42) does not; there it is the limit that the condition
+  compares the counter with.
   """
   if known := TRIP_COUNT.search(line):
     return int(known[1])
@@ -240,7 +255,7 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def _largest_shapes(text: str) -> Shapes:
-  """Returns the larger of "(inputs), (outputs)"; in one group its largest array."""
+  """Return the larger group of "((inputs), (outputs))", or the largest array."""
   groups = re.findall(r"\(([^()]*)\)", text.removeprefix("(")) if text.startswith("((") else [text]
   if len(groups) == 1 and text.startswith("("):
     groups = [f"{dtype}[{dims}]" for dtype, dims in SHAPE.findall(text)]
@@ -252,6 +267,6 @@ def _largest_shapes(text: str) -> Shapes:
 
 
 def _parse_shapes(text: str) -> Shapes:
-  """Returns the arrays of a known dtype in "f32[2,3], ..."."""
+  """Return the (dtype, shape) of arrays in "f32[2,3], ..."; skip unknown dtypes."""
   arrays = [(dtype, dims.split(",")) for dtype, dims in SHAPE.findall(text) if dtype in DTYPE_BYTES]
   return tuple((dtype, tuple(int(size) for size in dims if size)) for dtype, dims in arrays)

@@ -1,4 +1,4 @@
-"""Measures a compiled step: bytes per device, collectives, FLOPs; the devices need not exist."""
+"""Measurements of a compiled step: bytes per device, collectives and FLOPs."""
 
 import re
 import time
@@ -25,8 +25,8 @@ from jaxft.utils import backend, jax_private
 from jaxft.utils.jax_private import MemoryStats
 from jaxft.utils.types import Json, PyTree
 
-# libtpu's message when memory is short: for the whole program or, if it fails before that, for its
-# temporaries.
+# libtpu's error message when memory is short. It reports the whole program or, if the compiler
+# fails earlier, only the temporaries.
 OUT_OF_MEMORY = re.compile(
   r"(?:Used |temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
 )
@@ -36,13 +36,20 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def measure_step(
   config: Config, cfg: ModelConfig, target: specs.Target, text: bool = False
 ) -> Json:
-  """Compiles the steps of `config` for `target` and returns their memory, FLOPs and traffic.
+  """Compile the steps of `config` and return their memory, FLOPs and traffic.
 
-  If the compiler runs out of memory, the result has "needs_bytes" and "has_bytes" but nothing that
-  only a compiled program gives. Raises RequestError, or the compiler's error for any other reason.
+  If the program does not fit in the device's memory, the result has "needs_bytes" and "has_bytes",
+  but no values of the compiled program.
 
   Args:
-    text: return the compiled programs' texts too, as "text" and "eval_text".
+    config: the config of the run.
+    cfg: its model.
+    target: the devices to compile for, which need not exist.
+    text: also return the text of the compiled programs, as "text" and "eval_text".
+
+  Raises:
+    RequestError: if config and target do not match.
+    jax.errors.JaxRuntimeError: if the compiler fails for another reason than memory.
   """
   mesh = make_mesh(config.mesh, specs.compile_devices(target))
   total_steps = max(config.train.steps, 1)
@@ -57,8 +64,8 @@ def measure_step(
   def seconds() -> dict[str, float]:
     return {"compile_seconds": round(time.monotonic() - started, 1)}
 
-  # Both steps at once, as libtpu works on one core: it takes 75 s for GPT-J's train step on eight
-  # chips, and 15 s for the eval step.
+  # Compile both steps in parallel, because libtpu uses one core. It takes 75 s for GPT-J's train
+  # step on eight chips, and 15 s for the eval step.
   with ThreadPoolExecutor(1) as pool:
     lowered_eval = program.eval_step.lower(state.all_params, program.eval_batch)
     lowered_eval = mark_host_arguments(lowered_eval, program, host_mask.all_params)
@@ -81,7 +88,7 @@ def measure_step(
 
 
 def eval_peak_bytes(program: TrainProgram, compiled: Compiled) -> int:
-  """Returns the peak memory of a device in the eval step; the optimizer state stays on it."""
+  """Return a device's peak memory in the eval step, with the optimizer state."""
   mask = program.host_mask.all_params
   on_host = _bytes_where(program.state.all_params, mask, on_host=True)
   peak = step_peak_bytes(compiled.memory_analysis(), program, on_host)
@@ -89,7 +96,7 @@ def eval_peak_bytes(program: TrainProgram, compiled: Compiled) -> int:
 
 
 def measure_traced(program: TrainProgram, config: Config, cfg: ModelConfig, traced: Traced) -> Json:
-  """Returns what is known before a compiler runs: bytes of one device, FLOPs of the whole step."""
+  """Return values that need no compiler: bytes per device, FLOPs of the step."""
   A, B, T = program.batch["ids"].shape
   mesh = program.batch_sharding.mesh
   compute = program.compute
@@ -126,7 +133,7 @@ def measure_traced(program: TrainProgram, config: Config, cfg: ModelConfig, trac
 
 
 def measure_compiled(program: TrainProgram, compiled: Compiled) -> Json:
-  """Returns what the compiled train step gives, in bytes of one device."""
+  """Return the measurements of a compiled train step, in bytes of one device."""
   memory: MemoryStats = compiled.memory_analysis()
   text = compiled.as_text() or ""
   on_host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
@@ -134,7 +141,7 @@ def measure_compiled(program: TrainProgram, compiled: Compiled) -> Json:
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes,
     "host_bytes": on_host,
-    # Beside the state and, with "all", its gradient.
+    # In addition to the state and, with offload "all", its gradient.
     "host_temporary_bytes": on_host - host_bytes(program),
     "collective_bytes": hlo.bytes_by_kind(hlo.collectives(text)),
     "moved_bytes": hlo.hbm_bytes(text),
@@ -142,13 +149,16 @@ def measure_compiled(program: TrainProgram, compiled: Compiled) -> Json:
 
 
 def mark_host_arguments(lowered: Lowered, program: TrainProgram, host_mask: PyTree) -> Lowered:
-  """Marks the arguments of a lowered program that are in host memory.
+  """Mark the arguments of a lowered program that are in host memory.
 
-  Without a device JAX (0.10 to 0.12) omits the marks for CUDA, and the program would expect all of
-  its arguments on the device.
+  For CUDA without a device, JAX (0.10 to 0.12) omits these marks, and the program would expect all
+  arguments on the device.
 
   Args:
-    host_mask: for each argument but the batch, which comes last, whether it is on the host.
+    lowered: the program; changed in place, and returned.
+    program: decides whether anything is offloaded.
+    host_mask: tree of bools, true for an argument on the host; the batch, which comes last, is
+      excluded.
   """
   if program.offload == "none":
     return lowered
@@ -167,7 +177,7 @@ def mark_host_arguments(lowered: Lowered, program: TrainProgram, host_mask: PyTr
 
 
 def dummy_row(config: Config, cfg: ModelConfig) -> dict[str, np.ndarray]:
-  """Returns a row shaped as `config.data` makes them; the data itself need not exist."""
+  """Return a sequence with the shapes of `config.data`; the data need not exist."""
   T = config.data.sequence_length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   if config.data.layout == "pack" and not cfg.classes:
@@ -176,7 +186,7 @@ def dummy_row(config: Config, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def logits_bytes(program: TrainProgram, cfg: ModelConfig) -> int:
-  """Returns the bytes of float32 logits that a device has at once, within the temporaries."""
+  """Return the bytes of a device's float32 logits, a part of the temporaries."""
   _, B, T = program.batch_sharding.shard_shape(program.batch["ids"].shape)
   padded_vocab = -(-cfg.V // rules.VOCAB_MULTIPLE) * rules.VOCAB_MULTIPLE
   vocab = padded_vocab // program.batch_sharding.mesh.shape["tensor"]
@@ -184,7 +194,7 @@ def logits_bytes(program: TrainProgram, cfg: ModelConfig) -> int:
 
 
 def argument_bytes(program: TrainProgram) -> dict[str, int]:
-  """Returns the bytes on a device of each argument of the step."""
+  """Return the bytes on a device of the step's arguments, by category."""
   state = program.state
   mask = program.host_mask
   return {
@@ -195,20 +205,21 @@ def argument_bytes(program: TrainProgram) -> dict[str, int]:
 
 
 def memory_breakdown(program: TrainProgram, memory: MemoryStats) -> Json:
-  """Returns "peak_bytes" of a device and its "breakdown", whose values add up to the peak.
+  """Return the "peak_bytes" of a device, and a "breakdown" that adds up to them.
 
-  The gradient is no argument: its bytes follow from its shardings, and the compiler counts them
-  among its temporaries; all of it exists before any weight changes, because its norm is known
-  first. "activations" are the other temporaries.
+  The gradient is not an argument. The compiler counts it among its temporaries, and its bytes
+  follow from its shardings. All of it exists before any weight changes, because clipping needs its
+  norm first. "activations" are the other temporaries.
 
   Args:
+    program: the program of the run.
     memory: `compiled.memory_analysis()` of the train step.
   """
   breakdown = argument_bytes(program)
   on_device = sum(breakdown.values())
   peak = step_peak_bytes(memory, program, host_bytes(program))
   counted_on_host = host_state_bytes(program) if _is_cpu(program) else 0
-  # Counters, and what tiles of a TPU fill up.
+  # Counters, and padding of a TPU's tiles.
   other = memory.argument_size_in_bytes - counted_on_host - on_device
   temporaries = peak - on_device - other
   copy = min(bytes_per_device(program.compute_params), temporaries)
@@ -225,21 +236,25 @@ def _is_cpu(program: TrainProgram) -> bool:
 
 
 def _bytes_where(tree: PyTree, host_mask: PyTree, on_host: bool) -> int:
-  """Returns the bytes per device of the leaves that are on the host, or of those that are not."""
+  """Return the bytes per device of the leaves on the host, or of the other leaves."""
   leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(host_mask), strict=True)
   return bytes_per_device([leaf for leaf, masked in leaves if masked == on_host])
 
 
 def step_peak_bytes(memory: MemoryStats, program: TrainProgram, on_host: int) -> int:
-  """Returns the most memory that a device needs at once.
+  """Return the peak memory of a device.
 
-  A GPU takes all temporaries as one block, next to the arguments; outputs live in donated
-  arguments, but for some numbers. On a TPU the compiler's own figure counts, which is the same from
-  libtpu 0.0.42 to 0.0.51; its sum of temporaries is not (6.4 GiB before 0.0.51, 5.2 from then on,
-  for the same program). With `memory.offload` its own figure includes the host's share.
+  On a GPU this is the sum of arguments and temporaries, which are one block. Outputs reuse donated
+  arguments, except for a few numbers.
+
+  On a TPU it is the compiler's own figure, which is the same from libtpu 0.0.42 to 0.0.51. The sum
+  of temporaries is not (6.4 GiB before 0.0.51, 5.2 GiB since, for the same program). With
+  `memory.offload` the compiler's figure includes host memory, so we use the sum.
 
   Args:
-    on_host: bytes in host memory, which on a CPU the compiler counts too.
+    memory: `compiled.memory_analysis()`.
+    program: the program of the run.
+    on_host: bytes in host memory, which the CPU's compiler includes.
   """
   if program.batch_sharding.mesh.devices.flat[0].platform == "tpu" and program.offload == "none":
     return memory.peak_memory_in_bytes

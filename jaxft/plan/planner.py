@@ -1,4 +1,4 @@
-"""Makes a plan, a dict that `--json` prints: does a run fit, how fast is it, what to change."""
+"""Plans: dicts, printed by `--json`, with memory and speed of a run."""
 
 import dataclasses
 import importlib.metadata
@@ -22,7 +22,7 @@ from jaxft.training.build import TrainProgram
 from jaxft.utils import backend
 from jaxft.utils.types import Json
 
-# What the compiler gives for every plan, and is None in one that was refused.
+# Values from the compiler; they are None in a plan that was refused.
 COMPILER_KEYS = (
   *("devices", "peak_bytes", "breakdown", "host_bytes", "flops", "collective_bytes"),
   *("step_seconds_estimate", "compile_seconds"),
@@ -37,19 +37,23 @@ def plan_for(
   search: bool = False,
   prices: Mapping[str, float] = MappingProxyType({}),
 ) -> Json:
-  """Compiles the train step of `config` for `device` and returns what it needs.
+  """Compile the train step of `config` for `device` and return its plan.
 
   The device need not exist on this machine.
 
   Args:
-    config: from `jaxft.config.default()`; its data need not exist, and its model only needs a
+    config: from `jaxft.config.default()`. Its data need not exist, and its model needs only a
       config.json.
     device: h100, h100x8, rtx4090, v5e:2x4, cpu, ...: see `jaxft.hardware.specs`.
-    search: look for the fastest settings that fit, too. If `config` does not fit, one that does
-      is looked for anyway.
-    prices: of a device an hour, such as {"h100": 2.5}; the plan then has a "cost", too.
+    search: also search the fastest settings that fit. If `config` does not fit, one plan that fits
+      is searched in any case.
+    prices: price of a device per hour, such as {"h100": 2.5}; adds a "cost" to the plan.
 
-  Raises RequestError when config or device are wrong, or the compiler is not installed.
+  Returns:
+    The plan: "fits", "peak_bytes", "breakdown", "step_seconds_estimate" and more.
+
+  Raises:
+    RequestError: if config or device are invalid, or the compiler is not installed.
   """
   return plans_for(config, [device], search=search, prices=prices)[0]
 
@@ -62,13 +66,20 @@ def plans_for(
   prices: Mapping[str, float] = MappingProxyType({}),
   on_progress: Callable[[str], None] = lambda line: None,
 ) -> list[Json]:
-  """Runs `plan_for` for several devices, one after the other; `on_progress` gets lines of text.
+  """Make a plan for each of several devices.
 
-  One of several that does not go with the config has a plan with the reason as "refused"; alone it
-  is a RequestError.
+  A device that does not match the config gets a plan with the reason as "refused". If it is the
+  only device, the reason is raised as a RequestError.
+
+  Args:
+    config: as in `plan_for`.
+    devices: names of devices.
+    search: as in `plan_for`.
+    prices: as in `plan_for`.
+    on_progress: called with lines of text.
   """
   config = jaxft.config.resolve(config)
-  # A mistyped device is an error before any is compiled for.
+  # Check all names before the first device is compiled for.
   targets = [specs.parse_device(device) for device in devices]
   cfg = resolve_model_config(config)
   plans = []
@@ -85,7 +96,7 @@ def plans_for(
 
 
 def resolve_model_config(config: Config) -> ModelConfig:
-  """Returns the architecture that `config` trains; published models need no network."""
+  """Return the architecture to train; published models need no network."""
   path = config.model.path
   published = {name.lower(): value for name, value in PUBLISHED.items()}
   name = path.lower().removeprefix("openai-community/")
@@ -103,12 +114,12 @@ def resolve_model_config(config: Config) -> ModelConfig:
 
 
 def _apply_run_config(config: Config, hf_config: Json, cfg: ModelConfig) -> ModelConfig:
-  """Applies `config` to the architecture; raises RequestError for rows that are too long for it."""
+  """Apply `config` to the architecture; refuse sequences that are too long."""
   T = config.data.sequence_length
   if T > cfg.P:
     raise RequestError(f"config.data.sequence_length={T}: the model has {cfg.P} positions")
   if config.model.head == "classification" and not cfg.classes:
-    # The data has the number of labels; it hardly changes the memory.
+    # The data defines the number of labels, which hardly changes the memory.
     cfg = dataclasses.replace(cfg, classes=2)
   return trainable_params.apply_config(cfg, config, hf_config["model_type"])
 
@@ -135,8 +146,8 @@ def _make_plan(
   except RequestError as error:
     if not do_search:
       raise
-    # A batch or a mesh that does not go with this target; the search tries others.
-    on_progress(f"as it is: {error}")
+    # The batch or the mesh does not match this target; the search tries others.
+    on_progress(f"as given: {error}")
     plan = _refused_plan(config, target, error)
   if do_search or not plan["fits"]:
     num_plans = NUM_PLANS if do_search else 1
@@ -152,7 +163,16 @@ def plan_from_compiled(
   compiled: Compiled,
   eval_compiled: Compiled,
 ) -> Json:
-  """Returns the plan of compiled steps, for their own devices; `traced` is the train step's."""
+  """Return the plan of steps that are compiled for this machine's devices.
+
+  Args:
+    config: the config of the run.
+    cfg: its model.
+    program: the program of the run.
+    traced: the traced train step.
+    compiled: the compiled train step.
+    eval_compiled: the compiled eval step.
+  """
   mesh = program.batch_sharding.mesh
   device = mesh.local_devices[0]
   measured = measure.measure_traced(program, config, cfg, traced)
@@ -160,7 +180,7 @@ def plan_from_compiled(
   measured["eval_peak_bytes"] = measure.eval_peak_bytes(program, eval_compiled)
   measured["compile_seconds"] = None
   plan = _to_plan(config, specs.local_target(device, mesh.size), measured)
-  # The CPU "devices" of a mesh share the memory of one machine.
+  # CPU devices share the memory of one machine.
   usable = backend.device_memory_bytes(device) // (mesh.size if device.platform == "cpu" else 1)
   fits = max(plan["peak_bytes"], plan["eval_peak_bytes"]) <= usable
   return plan | {"usable_bytes": usable, "fits": fits}
@@ -185,14 +205,14 @@ def _plan_header(config: Config, target: specs.Target) -> Json:
 def _version(package: str) -> str | None:
   try:
     return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:  # a plugin of another CUDA
+  except importlib.metadata.PackageNotFoundError:  # the plugin of another CUDA version
     return None
 
 
 def _to_plan(
   config: Config, target: specs.Target, measured: Json, price: float | None = None
 ) -> Json:
-  """Turns the compiler's figures into a plan."""
+  """Make a plan from the result of `measure_step`; raise if it was refused."""
   if "refused" in measured:
     raise RequestError(f"--device={target.name!r}: {measured['refused']}")
 
@@ -202,7 +222,7 @@ def _to_plan(
   plan = _plan_header(config, target) | pick("device_kind", "devices", "mesh")
   plan |= pick("accumulation_steps", "compute_dtype", "attention")
   estimate = None
-  if "needs_bytes" in measured:  # out of memory: the compiler's own limit counts
+  if "needs_bytes" in measured:  # out of memory: use the compiler's own limit
     peak = measured["needs_bytes"]
     limit = measured["has_bytes"]
     plan |= {"fits": False, "peak_bytes": peak, "usable_bytes": limit} | pick("host_bytes")

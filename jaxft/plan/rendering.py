@@ -1,4 +1,4 @@
-"""Renders a plan for a terminal: a table, with a bar of the memory."""
+"""Renders a plan for a terminal: a memory bar, and tables."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,20 +10,20 @@ from jaxft.utils.types import Json
 
 GIB = 2**30
 BAR_WIDTH = 60  # characters
-PADDING = (0, 2, 0, 0)  # of the cells of a table
-# Categories of memory, with a terminal's colours (memory.css has those of pages) and the meaning.
+PADDING = (0, 2, 0, 0)  # around the cells of a table
+# Category of memory -> (color on a terminal, meaning). memory.css has the colors of HTML pages.
 MEMORY_CATEGORIES = {
   "parameters": ("blue", "weights, float32"),
   "optimizer": ("magenta", "optimizer state"),
   "gradients": ("yellow", "gradient, float32"),
   "activations": ("green", "activations, logits and other temporaries"),
   "batch": ("cyan", "token ids, targets and masks"),
-  "other": ("red", "counters, and what tiles fill up"),
+  "other": ("red", "counters and padding of tiles"),
 }
 
 
 def format_bytes(nbytes: float | None) -> str:
-  """1.5 GiB, 20 MiB, 3 KiB; "?" for None."""
+  """Return a size such as 1.50 GiB, 20 MiB or 3 KiB; "?" for None."""
   if nbytes is None:
     return "?"
   for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
@@ -33,23 +33,25 @@ def format_bytes(nbytes: float | None) -> str:
 
 
 def format_seconds(value: float | None) -> str:
+  """Return a duration such as 1.25 s or 310 ms; "?" for None."""
   return "?" if value is None else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def fit_summary(plan: Json) -> str:
-  """Returns whether the plan fits, and by how much."""
+  """Return whether the plan fits, and by how much."""
   peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
   usable = plan["usable_bytes"]
   needs, has, excess = map(format_bytes, (peak, usable, peak - usable))
   if plan["fits"]:
-    return f"fits: {needs} of {has} a device, {100 * peak / usable:.0f} %"
-  return f"does not fit: needs {needs} a device, of which there are {has}; {excess} too much"
+    return f"fits: {needs} of {has} per device, {100 * peak / usable:.0f} %"
+  return f"does not fit: needs {needs} of {has} per device, {excess} too much"
 
 
 def render_memory(plan: Json) -> RenderableType:
-  """Renders the bar and the table of a device's memory.
+  """Render the bar and the table of a device's memory.
 
-  It needs "breakdown", "peak_bytes", "usable_bytes" and "fits" of `plan`.
+  Args:
+    plan: needs only "breakdown", "peak_bytes", "usable_bytes" and "fits".
   """
   table = Table(box=None, show_header=False, padding=PADDING)
   for category, nbytes in plan["breakdown"].items():
@@ -63,7 +65,7 @@ def render_memory(plan: Json) -> RenderableType:
 
 
 def _memory_bar(plan: Json) -> Text:
-  """Renders the categories of the peak, side by side, with a mark at the usable memory."""
+  """Render the parts of the peak as one bar, with a mark at the usable memory."""
   max_bytes = max(plan["peak_bytes"], plan["usable_bytes"])
 
   def column(nbytes: int) -> int:
@@ -83,10 +85,10 @@ def _memory_bar(plan: Json) -> Text:
 
 
 def render_plan(plan: Json) -> RenderableType:
-  """Renders all of a plan."""
+  """Render a whole plan."""
   parts: list[RenderableType] = [Text(f"\n{plan['model']} on {plan['device']}", "bold")]
   if "refused" in plan:
-    parts.append(Text(escape_controls(f"as it is: {plan['refused']}")))
+    parts.append(Text(escape_controls(f"as given: {plan['refused']}")))
   else:
     parts += [render_memory(plan), _render_pairs(detail_rows(plan))]
   if "advice" in plan:
@@ -97,45 +99,47 @@ def render_plan(plan: Json) -> RenderableType:
 def _pinned_note(nbytes: int | None) -> str:
   if nbytes == 0:
     return ""
-  limit = f"{100 * PINNED_FRACTION:.0f} % of what the host has"
+  limit = f"{100 * PINNED_FRACTION:.0f} % of the host's memory"
   size = limit if nbytes is None else f"{format_bytes(nbytes)}, at most {limit}"
   return f"; XLA pins up to {size}"
 
 
 def detail_rows(plan: Json) -> list[tuple[str, str]]:
-  """Returns everything but the memory of a device, as pairs of a name and a text."""
+  """Return the plan without the device memory, as (name, text) pairs."""
   mesh = " x ".join(f"{name}={count}" for name, count in plan["mesh"].items())
   devices = f"{plan['devices']} x {plan['device_kind']}"
   kernel = plan["attention"]["kernel"]
   why = plan["attention"]["why_not_faster"]
-  traffic = f", {format_bytes(plan['bus_bytes'])} a step over the bus" if plan["bus_bytes"] else ""
-  host = f"{format_bytes(plan['host_bytes'])} for each device{traffic}"
+  bus = plan["bus_bytes"]
+  traffic = f", {format_bytes(bus)} per step over the bus" if bus else ""
+  host = f"{format_bytes(plan['host_bytes'])} per device{traffic}"
   ratio = plan["flops"] / plan["model_flops"]
   pairs = [
     ("devices", f"{devices}, mesh {mesh}, computing in {plan['compute_dtype']}"),
     ("step", f"{plan['tokens']:,} tokens in {plan['accumulation_steps']} accumulation step(s)"),
     ("attention", kernel + (f" ({why})" if why else "")),
-    ("logits", f"{format_bytes(plan['logits_bytes'])} at once, float32, among the activations"),
-    ("disk", f"{format_bytes(plan['checkpoint_bytes'])} for a checkpoint"),
+    ("logits", f"{format_bytes(plan['logits_bytes'])} in float32, part of the activations"),
+    ("disk", f"{format_bytes(plan['checkpoint_bytes'])} per checkpoint"),
     ("host memory", host + _pinned_note(plan["pinned_bytes"])),
     (
       "operations",
-      f"{plan['flops']:.3g} in matrix products a step, {ratio:.2f} x those of the model",
+      f"{plan['flops']:.3g} FLOPs of matrix products per step, {ratio:.2f} x the model FLOPs",
     ),
   ]
   if "eval_peak_bytes" in plan:
-    pairs.insert(2, ("evaluation", f"{format_bytes(plan['eval_peak_bytes'])} a device at its peak"))
+    peak = format_bytes(plan["eval_peak_bytes"])
+    pairs.insert(2, ("evaluation", f"{peak} per device at its peak"))
   if plan["moved_bytes"] is not None:
     collectives = {kind: n for kind, n in plan["collective_bytes"].items() if n}
     sent = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in collectives.items()) or "none"
-    pairs.append(("memory traffic", f"{format_bytes(plan['moved_bytes'])} a device and step"))
-    pairs.append(("collectives", f"{sent} a device and step"))
+    pairs.append(("memory traffic", f"{format_bytes(plan['moved_bytes'])} per device and step"))
+    pairs.append(("collectives", f"{sent} per device and step"))
   if plan["estimate"]:
     pairs += _estimate_rows(plan["estimate"], plan)
   if cost := plan["cost"]:
     per_million = cost.get("per_million_tokens")
-    tokens = "" if per_million is None else f", {per_million:.2f} a million tokens"
-    pairs.append(("cost", f"{cost['per_hour']:.2f} an hour{tokens}, by --prices"))
+    tokens = "" if per_million is None else f", {per_million:.2f} per million tokens"
+    pairs.append(("cost", f"{cost['per_hour']:.2f} per hour{tokens}, from --prices"))
   versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
   took = "" if plan["compile_seconds"] is None else f"in {plan['compile_seconds']:.1f} s "
   return [*pairs, ("compiled", f"{took}with {versions}")]
@@ -154,59 +158,59 @@ def _estimate_rows(estimate: Json, plan: Json) -> list[tuple[str, str]]:
     f"{name} {format_seconds(estimate[f'{name}_seconds'])} at {100 * share[name]:.0f} % of {speed}"
     for name, speed in speeds.items()
   )
-  step = f"{format_seconds(plan['step_seconds_estimate'])} a step"
+  step = f"{format_seconds(plan['step_seconds_estimate'])} per step"
   speed = f"{estimate['tokens_per_second']:,.0f} tokens/s, MFU {100 * estimate['mfu']:.0f} %"
   rows = [
     ("estimate", f"{step}, {speed}; bound by {estimate['bound_by']}"),
     ("", ", ".join(terms)),
-    ("", f"these shares: {share['source']}"),
-    ("", f"a step is {estimate['step_formula']}; MFU = {estimate['mfu_formula']}"),
+    ("", f"source of these shares: {share['source']}"),
+    ("", f"step time = {estimate['step_formula']}; MFU = {estimate['mfu_formula']}"),
   ]
   if plan["bus_bytes"]:
     count = f"{plan['rows_to_hide_the_bus']:,}"
-    note = f"from {count} rows on it is a fifth of a step, or less"
-    rows.append(("", f"the bus takes as long for any batch: {note}"))
+    note = f"with {count} rows or more it is at most a fifth of a step"
+    rows.append(("", f"the time of the bus does not depend on the batch: {note}"))
   return rows
 
 
 def advice_rows(advice: Json) -> list[tuple[str, str, str, str]]:
-  """Returns (step, peak, host, flags) of the plans that fit, fastest first."""
+  """Return (step, peak, host, flags) of the plans that fit, fastest first."""
   return [
     (
       format_seconds(it["step_seconds_estimate"]),
       format_bytes(it["peak_bytes"]),
       format_bytes(it["host_bytes"]),
-      " ".join(it["overrides"]) or "as it is",
+      " ".join(it["overrides"]) or "as given",
     )
     for it in advice["best"]
   ]
 
 
 def rejection_lines(plan: Json) -> list[str]:
-  """Returns lines on what the search ruled out and, if nothing fits, on how much is missing."""
+  """Return lines about rejected settings and, if none fits, the missing memory."""
   advice = plan["advice"]
-  lines = [f"{' '.join(it['overrides']) or 'as it is'}: {it['why']}" for it in advice["lost"]]
+  lines = [f"{' '.join(it['overrides']) or 'as given'}: {it['why']}" for it in advice["lost"]]
   counts = {why: count for why, count in advice["not_compiled"].items() if count}
   lines += [f"{count} not compiled: {why}" for why, count in counts.items()]
   if not advice["best"]:
     least = advice["least_state_bytes"] or 0
-    budget = f"{format_bytes(advice['room_bytes'])} (5 % of the usable memory is to stay free)"
+    budget = f"{format_bytes(advice['room_bytes'])} (5 % of the usable memory stays free)"
     if early := advice["ended_early"]:
-      lines.append(f"none that fits {budget} was found before {early}; there may be one")
+      lines.append(f"no settings within {budget} were found, but {early}: others may fit")
     else:
-      state = f"weights, gradient and optimizer state alone take {format_bytes(least)} a device"
+      state = f"weights, gradient and optimizer state alone take {format_bytes(least)} per device"
       reason = f": {state}" if least > advice["room_bytes"] else ""
-      lines.append(f"nothing of what was tried fits {budget}{reason}")
+      lines.append(f"no settings fit {budget}{reason}")
   return lines
 
 
 def _render_advice(plan: Json) -> list[RenderableType]:
   rows = advice_rows(plan["advice"])
-  head = "the rest:" if rows else "no settings that fit were found:"
+  head = "other settings:" if rows else "no settings that fit were found:"
   rest = Text("\n".join([head, *rejection_lines(plan)]), "grey50")
   if not rows:
     return [rest]
-  table = Table("a step", "peak", "host", "flags", box=None, padding=PADDING)
+  table = Table("step", "peak", "host", "flags", box=None, padding=PADDING)
   table.title, table.title_justify = "fits, fastest first", "left"
   for row in rows:
     table.add_row(*row)

@@ -1,4 +1,7 @@
-"""Searches the fastest settings that fit: a cost model ranks them, the first few are compiled."""
+"""Search for the fastest settings that fit.
+
+A cost model ranks all candidates, and the first few are compiled.
+"""
 
 import itertools
 import time
@@ -14,15 +17,15 @@ from jaxft.sharding.mesh import mesh_shape
 from jaxft.training import offload
 from jaxft.utils.types import Json
 
-# Share of the usable memory that stays free: plans are to be within this of what a device takes.
+# Share of the usable memory that a plan must leave free.
 MEMORY_MARGIN = 0.05
-NUM_PLANS = 3  # plans to find, where a search is requested; one is enough to show a way out
+NUM_PLANS = 3  # plans to find if the user requests a search; else one, if the config does not fit
 MAX_COMPILES = 10
 MAX_SECONDS = 150
-# What a search keeps of a plan that fits.
+# Values of a fitting plan that the result includes.
 PLAN_KEYS = ("peak_bytes", "host_bytes", "step_seconds_estimate", "accumulation_steps")
-# Settings to try, with every mesh and every micro-batch that divides the batch. None of them
-# changes what is learned.
+# Settings to try, in addition to every mesh and every micro-batch that divides the batch. They do
+# not change what the model learns.
 SEARCH_SPACE: Json = {
   "memory.offload": ("none", "optimizer", "all"),
   "memory.remat": ("none", "dots", "full"),
@@ -31,7 +34,7 @@ SEARCH_SPACE: Json = {
 
 
 class Candidate(NamedTuple):
-  """Settings to try, with the cost model's estimates: seconds of a step, bytes of a device."""
+  """Settings to try, with estimated seconds of a step and bytes of a device."""
 
   settings: Json
   seconds: float
@@ -40,29 +43,40 @@ class Candidate(NamedTuple):
 
 
 class Ranking:
-  """The candidates that are not compiled yet, by a cost model that compiled ones correct."""
+  """Candidates that are not compiled yet, ranked by a corrected cost model."""
 
   def __init__(self, candidates: list[Candidate], budget: int):
     self.untried = sorted(candidates, key=lambda it: it.seconds)
     self._budget = budget
-    # Measured over estimated bytes, for each remat policy.
+    # Remat policy -> measured bytes / estimated bytes.
     self._correction = dict.fromkeys(SEARCH_SPACE["memory.remat"], 1.0)
     self._num_too_large = 0
 
   def is_too_large(self, it: Candidate) -> bool:
+    """Return whether the corrected estimate exceeds the memory budget."""
     return self._size(it) > self._budget
 
   def next(self, has_fitting: bool) -> Candidate | None:
-    """Returns the fastest that may fit; None if none may, `has_fitting` or not."""
+    """Return the fastest candidate that may fit.
+
+    If by the model none fits, return the smallest, because the model may be wrong. This happens at
+    most twice, and only if the state of the smallest fits and no compiled plan does.
+
+    Args:
+      has_fitting: whether a compiled plan fits.
+
+    Returns:
+      None if it is not worth compiling more.
+    """
     if fastest := next((it for it in self.untried if not self.is_too_large(it)), None):
       return fastest
-    smallest = min(self.untried, key=self._size)  # by the model nothing fits: it decides
+    smallest = min(self.untried, key=self._size)
     self._num_too_large += 1
     hopeless = smallest.state_bytes > self._budget or self._num_too_large > 2 or has_fitting
     return None if hopeless else smallest
 
   def correct(self, it: Candidate, peak: int) -> None:
-    """Corrects the model by the measured peak of a candidate."""
+    """Correct the model with the measured peak of a candidate, in bytes."""
     measured = max(peak - it.state_bytes, 1)
     self._correction[it.settings["memory.remat"]] = measured / it.other_bytes
 
@@ -78,19 +92,25 @@ def find_settings(
   num_plans: int = NUM_PLANS,
   on_progress: Callable[[str], None] = lambda line: None,
 ) -> Json:
-  """Searches the fastest settings that fit `target`.
+  """Search the fastest settings that fit `target`.
 
-  A cost model ranks the candidates and rules out those that are far too large; each compiled plan
-  corrects it for the next. The search ends with enough plans that fit, as all others are slower by
-  the model, or when nothing left could fit; or, before that, after MAX_COMPILES or MAX_SECONDS.
+  A cost model ranks the candidates and rules out those that are far too large. Each compiled plan
+  corrects the model for the next. The search ends with enough plans that fit, because the model
+  estimates all others to be slower. It also ends if no other candidate can fit, or after
+  MAX_COMPILES or MAX_SECONDS.
 
   Args:
-    compile_plan: compiles one config.
-    num_plans: how many plans that fit are enough.
+    config: the config of the run.
+    cfg: its model.
+    target: the devices.
+    compile_plan: compiles one config and returns its plan.
+    num_plans: number of fitting plans to find.
+    on_progress: called with a line for each compiled plan.
 
   Returns:
-    {"best": plans that fit with a margin, fastest first; "lost": compiled plans and why they lost;
-    "not_compiled": number of candidates for each reason; "ended_early": why, or None; ...}.
+    A dict with "best", the plans that fit with a margin, fastest first; "lost", other compiled
+    plans, with reasons; "not_compiled", the number of candidates for each reason; "ended_early",
+    the reason or None; and more.
   """
   budget = int(target.usable_bytes * (1 - MEMORY_MARGIN))
   all_candidates = candidates(config, cfg, target)
@@ -115,7 +135,7 @@ def find_settings(
     peak = plan["peak_bytes"]
     excess = max(peak, plan.get("eval_peak_bytes", 0)) - budget
     outcome = "fits" if excess <= 0 else f"{excess / 2**30:.1f} GiB too large"
-    on_progress(f"{' '.join(flags) or 'as it is'}: {outcome}")
+    on_progress(f"{' '.join(flags) or 'as given'}: {outcome}")
     if excess <= 0:
       fitting.append(
         {"overrides": flags, "settings": candidate.settings}
@@ -123,7 +143,7 @@ def find_settings(
         | {"rough_seconds": candidate.seconds}
       )
     else:
-      reason = f"does not fit, by {excess / 2**30:.2f} GiB"
+      reason = f"does not fit: {excess / 2**30:.2f} GiB too large"
       lost.append({"overrides": flags, "why": reason, "peak_bytes": peak})
     ranking.correct(candidate, peak)
 
@@ -149,17 +169,17 @@ def find_settings(
 
 
 def _budget_exhausted(compiles: int, seconds: float) -> str | None:
-  """Returns the reason to end a search early, if there is one."""
+  """Return the reason to end a search early, or None."""
   if compiles >= MAX_COMPILES:
     return f"the search ended after {MAX_COMPILES} compiles"
   return f"the search ended after {MAX_SECONDS} s" if seconds > MAX_SECONDS else None
 
 
 def overrides(config: Config, settings: Json, devices: int) -> list[str]:
-  """Returns the flags that change the config to these settings."""
+  """Return the flags that change the config to these settings."""
   try:
     mesh = mesh_shape(config.mesh, devices)
-  except RequestError:  # the mesh of the config does not go with this target
+  except RequestError:  # the config's mesh does not match this target
     mesh = {}
   has = flatten(config) | {f"mesh.{axis}": size for axis, size in mesh.items()}
   changed = {name: value for name, value in settings.items() if has[name] != value}
@@ -167,7 +187,7 @@ def overrides(config: Config, settings: Json, devices: int) -> list[str]:
 
 
 def candidates(config: Config, cfg: ModelConfig, target: specs.Target) -> list[Candidate]:
-  """Returns every mesh, micro-batch and choice of SEARCH_SPACE that divides model and batch."""
+  """Return all candidates whose mesh and micro-batch divide model and batch."""
   cost = CostModel.from_config(config, cfg, target)
   platform = "tpu" if target.kind in specs.TPUS else "gpu"
   results = []
@@ -175,7 +195,7 @@ def candidates(config: Config, cfg: ModelConfig, target: specs.Target) -> list[C
     if config.train.batch_size % (data * fsdp):
       continue
     mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
-    # With an fsdp axis of one, the ZeRO stages are all the same.
+    # With an fsdp axis of one, all ZeRO stages are the same.
     stages = (3, 2, 1) if fsdp > 1 else (config.mesh.zero_stage,)
     rows = config.train.batch_size // (data * fsdp)
     micro_batches = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0 and 2**i < rows]
@@ -199,9 +219,10 @@ def candidates(config: Config, cfg: ModelConfig, target: specs.Target) -> list[C
 
 
 def meshes(cfg: ModelConfig, target: specs.Target) -> list[tuple[int, int, int]]:
-  """Returns (data, fsdp, tensor) meshes of all devices.
+  """Return (data, fsdp, tensor) meshes of all devices.
 
-  Weights are sharded over all of them, over those of a node, or not at all; tensor stays in a node.
+  Weights are sharded over all devices, over those of a node, or not at all. The tensor axis stays
+  within a node.
   """
   n = target.count
   spec = target.spec

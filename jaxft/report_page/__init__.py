@@ -1,1 +1,1 @@
-"""report.html: one page of a run, or of several compared."""
+"""HTML pages: of a run (report.html), of several runs compared, and of plans."""

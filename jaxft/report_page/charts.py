@@ -1,4 +1,7 @@
-"""Line charts as inline SVG of any width; labels are HTML, so that they do not stretch with it."""
+"""Line charts as inline SVG of any width.
+
+Labels are HTML, because text inside the SVG would be stretched with it.
+"""
 
 import bisect
 import itertools
@@ -8,34 +11,37 @@ from typing import NamedTuple
 
 from jaxft.report_page.markup import Child, Html, element
 
-NUM_COLUMNS = 500  # of a downsampled line, two points in each: more than most screens show
-NUM_WINDOWS = 120  # of a noisy line's mean
-BOX_SIZE = 1000  # of the box that lines are drawn in, as the script expects it
-NUM_COLOURS = 6  # of lines, in style.css
+NUM_COLUMNS = 500  # columns of a downsampled line, two points each: more than most screens show
+NUM_WINDOWS = 120  # windows of the mean of a noisy line
+BOX_SIZE = 1000  # width and height of the box of the lines; script.js expects this value
+NUM_COLOURS = 6  # line colors in style.css
 
-Points = Sequence[tuple[float, float]]  # (step, value), in the order of steps; all finite
+Points = Sequence[tuple[float, float]]  # (step, value), ordered by step; all finite
 
 
 class Series(NamedTuple):
+  """A line of a chart."""
+
   name: str
   points: Points
   colour: int = 0
-  dots: bool = False  # few values, each of its own: dots, joined by a line
-  noisy: bool = False  # drawn faint, with its mean over windows of steps on top
-  only_mean: bool = False  # only that mean is drawn: for several noisy lines in one chart
+  dots: bool = False  # mark each value with a dot; for lines of few values
+  noisy: bool = False  # draw the line faint, and its mean over windows of steps on top
+  only_mean: bool = False  # draw only the mean; for several noisy lines in one chart
 
   @property
   def colour_class(self) -> str:
+    """The CSS class of the line's color."""
     return f"s{self.colour % NUM_COLOURS}"
 
   @property
   def is_dense(self) -> bool:
-    """Whether the mean shows more than the line."""
+    """Whether the line has enough points for a mean over windows."""
     return len(self.points) > 2 * NUM_WINDOWS
 
 
 class Axes(NamedTuple):
-  """The ends of the axes; those of logarithmic values are exponents of ten."""
+  """The ends of the axes; on a logarithmic axis they are exponents of ten."""
 
   x0: float
   x1: float
@@ -44,11 +50,11 @@ class Axes(NamedTuple):
   log: bool
 
   def x(self, step: float) -> float:
-    """Returns how far to the right a step is in the box."""
+    """Return the horizontal position of a step in the box, from the left."""
     return BOX_SIZE * (step - self.x0) / (self.x1 - self.x0)
 
   def y(self, value: float) -> float:
-    """Returns how far below the top a value is in the box."""
+    """Return the vertical position of a value in the box, from the top."""
     return BOX_SIZE * (self.y1 - (math.log10(value) if self.log else value)) / (self.y1 - self.y0)
 
 
@@ -63,16 +69,23 @@ def chart(
   nonfinite_steps: Sequence[float] = (),
   wide: bool = False,
 ) -> Html | None:
-  """Draws lines over the steps; returns None where all values are of one step.
+  """Draw lines over the steps.
 
-  The axis of values is logarithmic if the largest is more than ten times the least, unless it is
-  `from_zero` or a `share`.
+  The value axis is logarithmic if all values are positive and the largest is more than ten times
+  the smallest, unless `from_zero` or `share` is set.
 
   Args:
-    from_zero: the axis begins at 0.
-    share: the axis goes from 0 to 1.
-    floor: name and value of a dashed line across.
-    nonfinite_steps: steps that are marked at the bottom.
+    title: title of the chart.
+    unit: unit of the values.
+    series: the lines.
+    from_zero: the value axis starts at 0.
+    share: the value axis is 0 to 1.
+    floor: name and value of a dashed horizontal line.
+    nonfinite_steps: steps to mark at the bottom.
+    wide: the chart takes the full width of the page.
+
+  Returns:
+    None if all values belong to one step.
   """
   series = [it._replace(points=_drawn_points(it)) for it in series if it.points]
   if any(len(it.points) > 1 for it in series):
@@ -98,7 +111,7 @@ def chart(
     marks = " ".join(f"M{axes.x(x):.1f} {BOX_SIZE} v-60" for x, _ in marked)
     shapes.append(element("path", d=marks, class_="fault"))
     key = element("path", d="M13 10 v-10", class_="fault")
-    keys.append(_legend_mark(key, "not finite, not applied"))
+    keys.append(_legend_mark(key, "not finite, step skipped"))
   svg = element(
     "svg",
     shapes,
@@ -130,7 +143,7 @@ def _drawn_points(it: Series) -> Points:
 
 
 def _fit_axes(steps: list[float], values: list[float], from_zero: bool, share: bool) -> Axes:
-  """Returns axes whose values have a margin, or go from zero to a round number."""
+  """Return axes with a margin around the values, or from zero to a round number."""
   log = not (from_zero or share) and min(values) > 0 and max(values) > 10 * min(values)
   scaled = [math.log10(it) if log else it for it in values]
   y0, y1 = min(scaled), max(scaled)
@@ -160,7 +173,7 @@ def _label(text: str, class_: str, side: str, position: float) -> Html:
 
 
 def _draw_line(it: Series, axes: Axes) -> list[Html]:
-  """Draws the line, its mean and dots; the script shows the values of the one with the name."""
+  """Draw the line, its mean and dots; script.js reads the element with a name."""
   sampled = downsample(it.points)
 
   def polyline(points: Points, class_: str, name: str | None = None) -> Html:
@@ -193,7 +206,7 @@ def _legend_mark(mark: Child, name: str) -> Html:
 
 
 def downsample(points: Points) -> list[tuple[float, float]]:
-  """Returns the extremes of each of NUM_COLUMNS spans of steps, the first and the last point."""
+  """Return the first and last point, and extremes of NUM_COLUMNS spans of steps."""
   if len(points) <= 2 * NUM_COLUMNS:
     return list(points)
   indices = {0, len(points) - 1}
@@ -207,7 +220,7 @@ def downsample(points: Points) -> list[tuple[float, float]]:
 
 
 def window_means(points: Points) -> list[tuple[float, float]]:
-  """Returns the mean step and the mean value of each of NUM_WINDOWS spans of steps."""
+  """Return the mean step and mean value of each of NUM_WINDOWS spans of steps."""
 
   def mean(span: range, axis: int) -> float:
     return sum([points[i][axis] for i in span]) / len(span)
@@ -216,7 +229,10 @@ def window_means(points: Points) -> list[tuple[float, float]]:
 
 
 def _bins(points: Points, count: int) -> list[range]:
-  """Returns the indices of the points in each of `count` equal spans of steps, if there are any."""
+  """Return the indices of the points in each of `count` equal spans of steps.
+
+  Empty spans are omitted.
+  """
   first, last = points[0][0], points[-1][0]
   edges = (first + (last - first) * i / count for i in range(count))
   starts = [bisect.bisect_left(points, edge, key=lambda it: it[0]) for edge in edges]
@@ -225,12 +241,15 @@ def _bins(points: Points, count: int) -> list[range]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-  """Returns round numbers from `low` to `high`."""
+  """Return round numbers from `low` to `high`."""
   return _tick_multiples(_tick_spacing(low, high), low, high)
 
 
 def step_ticks(low: float, high: float) -> list[float]:
-  """Returns round integers from `low` on; the last quarter has the label of the last step."""
+  """Return round integers from `low`; none in the last quarter.
+
+  The label of the last step is there.
+  """
   return _tick_multiples(max(1.0, _tick_spacing(low, high)), low, high - 0.25 * (high - low))
 
 
@@ -241,14 +260,14 @@ def _tick_multiples(spacing: float, low: float, high: float) -> list[float]:
 
 
 def _tick_spacing(low: float, high: float) -> float:
-  """Returns the spacing of up to seven ticks: 1, 2 or 5 times a power of ten."""
+  """Return the spacing of up to seven ticks: 1, 2 or 5 times a power of ten."""
   minimum = (high - low) / 6
   unit = 10.0 ** math.floor(math.log10(minimum))
   return next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= minimum * (1 - 1e-9))
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-  """Returns powers of ten between 10^low and 10^high; 1, 2 and 5 times these if they are few."""
+  """Return powers of ten from 10^low to 10^high; if few, also 2 and 5 times these."""
   exponents = range(math.floor(low), math.ceil(high) + 1)
   stride = max(1, len(exponents) // 6)
   factors = (1, 2, 5) if len(exponents) <= 4 else (1,)
@@ -257,7 +276,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def format_tick(number: float) -> str:
-  """Formats a tick of a logarithmic axis, each in its unit: 0.001, 1,000, 10k, 1M, 1e-7, 1e20."""
+  """Format a tick of a logarithmic axis: 0.001, 1,000, 10k, 1M, 1e-7, 1e20."""
   if not 1e-4 <= number < 1e15:
     return _with_exponent(number)
   unit, letter = next((it for it in UNITS if number >= max(it[0], 1e4)), (1.0, ""))
@@ -265,7 +284,7 @@ def format_tick(number: float) -> str:
 
 
 def format_ticks(numbers: list[float]) -> list[str]:
-  """Formats the ticks of an axis in one unit: 0, 0.0005, 0.001; 0, 2e-5, 4e-5; 0, 5k, 10k."""
+  """Format the ticks of an axis with one unit: 0, 0.0005; 0, 2e-5; 0, 5k, 10k."""
   sizes = [abs(it) for it in numbers if it]
   if sizes and (min(sizes) < 1e-4 or max(sizes) >= 1e15):
     return [_with_exponent(it) if it else "0" for it in numbers]

@@ -1,4 +1,4 @@
-"""Renders the page of several runs: the best one, their curves and their differences."""
+"""The page that compares several runs: the best one, curves and differences."""
 
 import os
 from pathlib import Path
@@ -11,12 +11,12 @@ from jaxft.report_page.markup import Html, element, section, table
 from jaxft.report_page.run_record import RunRecord, get_int
 
 MAX_PROMPTS = 5
-# Settings that are paths of outputs and do not change a run.
+# Settings that are output paths and do not affect training.
 PATH_SETTINGS = ("data.cache_dir", "export.out")
 
 
 def render(records: list[RunRecord]) -> str:
-  """Returns the HTML of two runs or more, in this order."""
+  """Return the HTML that compares two or more runs, in this order."""
   named = list(zip(_unique_names(records), records, strict=True))
   title = f"{len(records)} runs compared"
   parts = [_header(title, named), _curves(named), _differences(named), _samples(named)]
@@ -24,7 +24,7 @@ def render(records: list[RunRecord]) -> str:
 
 
 def _unique_names(records: list[RunRecord]) -> list[str]:
-  """Returns the shortest path suffixes that distinguish the runs."""
+  """Return the shortest path suffixes that distinguish the runs."""
   paths = [record.workdir.resolve() for record in records]
   for length in range(1, max(len(path.parts) for path in paths) + 1):
     names = [str(Path(*path.parts[-length:])) for path in paths]
@@ -43,7 +43,7 @@ def _header(title: str, named: list[tuple[str, RunRecord]]) -> Html:
     word = "highest" if by_accuracy else "lowest"
     headline = f"{name} has the {word} {best.name}: {format_metric(best.key, after)}"
   held_out = {get_int(record.data, "tokens", "held_out") for _, record in named}
-  warning = "The runs were evaluated on different texts: their eval losses cannot be compared."
+  warning = "The runs were evaluated on different texts, so their eval losses are not comparable."
   notes = [f"{name}: {note}." for name, record in named for note in record.notes]
   return element(
     "header",
@@ -67,7 +67,7 @@ def _results_table(named: list[tuple[str, RunRecord]]) -> Html:
     short = status.splitlines()[0].split(":")[0]
     run = [_swatch(i), name, element("small", short, class_=None if finished else "bad")]
     rows.append([run, *cells, speed, format_bytes(peak)])
-  head = ["run", *(METRIC_NAMES[key] for key in keys), "tokens/s", "most memory"]
+  head = ["run", *(METRIC_NAMES[key] for key in keys), "tokens/s", "peak memory"]
   return table(head, rows, "numbers runs")
 
 
@@ -86,15 +86,15 @@ def _curves(named: list[tuple[str, RunRecord]]) -> Html | None:
   noisy = {"noisy": True, "only_mean": True}
   speed = lines("perf/tokens_per_second", RunRecord.without_outliers, **noisy)
   figures = [
-    chart("Eval loss", "nats a token", lines("eval/loss", dots=True), wide=True),
+    chart("Eval loss", "nats per token", lines("eval/loss", dots=True), wide=True),
     chart("Training loss", "means over steps", lines("train/loss", **noisy), wide=True),
     chart("Accuracy", "share of the held-out texts", lines("eval/accuracy", dots=True), share=True),
     chart("Learning rate", "", lines("train/learning_rate"), from_zero=True),
     chart("Gradient norm", "before clipping", lines("train/grad_norm", **noisy)),
-    chart("Speed", "tokens a second", speed, from_zero=True),
+    chart("Speed", "tokens per second", speed, from_zero=True),
   ]
   figures = [it for it in figures if it]
-  return section("How they went", element("div", figures, class_="charts")) if figures else None
+  return section("Training curves", element("div", figures, class_="charts")) if figures else None
 
 
 def _differences(named: list[tuple[str, RunRecord]]) -> Html:
@@ -109,7 +109,7 @@ def _differences(named: list[tuple[str, RunRecord]]) -> Html:
 
 
 def _samples(named: list[tuple[str, RunRecord]]) -> Html | None:
-  """Renders the last samples of the prompts that at least two runs have."""
+  """Render the last samples of each prompt that at least two runs share."""
   by_prompt: dict[str, list[samples.Sample]] = {}
   for name, record in named:
     for prompt, (*_, last) in samples.by_prompt(record).items():

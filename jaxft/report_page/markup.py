@@ -1,4 +1,4 @@
-"""HTML whose text is always escaped: a sample, a path or a label may have any characters."""
+"""HTML with escaped text: samples, paths and labels may contain any characters."""
 
 import base64
 import hashlib
@@ -11,17 +11,18 @@ from jaxft.utils.console import escape_controls
 
 
 class Html(str):
-  """Markup. Every other text that goes into a page is escaped by `element`."""
+  """Text that is HTML already; `element` escapes every other text."""
 
 
-# Texts and numbers, which are escaped, Html, None, which is left out, or sequences of these.
+# Text and numbers, which are escaped; Html; None, which is omitted; or sequences of these.
 Child: TypeAlias = "str | float | None | Sequence[Child]"
 
 
 def element(name: str, *children: Child, **attributes: str | float | None) -> Html:
-  """Returns an element.
+  """Return an HTML element.
 
-  Attributes that are None are left out; class_ gives class, and data_x data-x.
+  Attributes with the value None are omitted. Names are translated: class_ is class, data_x is
+  data-x.
   """
   tag = name
   for key, value in attributes.items():
@@ -31,7 +32,7 @@ def element(name: str, *children: Child, **attributes: str | float | None) -> Ht
 
 
 def join(child: Child) -> Html:
-  """Returns a child, or a sequence of children one after the other, as HTML."""
+  """Return a child, or the concatenation of several, as HTML."""
   if isinstance(child, Html):
     return child
   if isinstance(child, list | tuple):
@@ -40,17 +41,17 @@ def join(child: Child) -> Html:
 
 
 def escape(text: str) -> str:
-  """Returns the text as HTML, without control characters and halves of surrogate pairs."""
+  """Return the text as HTML, with control characters and lone surrogates escaped."""
   return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()))
 
 
 def breakable(text: str) -> Html:
-  """Returns the text with break opportunities after slashes, for narrow screens."""
+  """Return the text with possible line breaks after slashes, for narrow screens."""
   return Html(escape(text).replace("/", "/<wbr>"))
 
 
 def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], class_: str = "") -> Html:
-  """Returns a table that scrolls sideways; the first cell of a row is its name."""
+  """Return a table that scrolls horizontally; a row's first cell is its header."""
   body = [
     element("tr", element("th", name, scope="row"), [element("td", it) for it in cells])
     for name, *cells in rows
@@ -61,17 +62,21 @@ def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], class_: str = 
 
 
 def section(title: str, *children: Child) -> Html:
+  """Return a section with a heading."""
   return element("section", element("h2", title), *children)
 
 
 def read_asset(*names: str) -> str:
-  """Returns the text of style sheets or scripts that are beside this file."""
+  """Return the concatenated style sheets or scripts, which are next to this file."""
   folder = Path(__file__).parent
   return "\n" + "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 def render_page(title: str, *children: Child) -> str:
-  """Returns a page that loads nothing: its policy allows no request and no script but its own."""
+  """Return a self-contained page.
+
+  Its content security policy allows no requests, and no script except its own.
+  """
   script = read_asset("script.js")
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
   policy = (

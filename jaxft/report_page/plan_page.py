@@ -1,4 +1,4 @@
-"""Renders plans as one HTML page without scripts or network, for light and dark screens."""
+"""The HTML page of plans: no scripts, no network; for light and dark screens."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from jaxft.utils.types import Json
 
 
 def render(plans: list[Json]) -> str:
-  """Returns the HTML of one plan or more, in this order."""
+  """Return the HTML of one or more plans, in this order."""
   title = f"{plans[0]['model']} on {', '.join(plan['device'] for plan in plans)}"
   style = read_asset("plan.css", "memory.css")
   body = "\n".join(join(part) for plan in plans for part in _parts(plan))
@@ -23,21 +23,21 @@ def render(plans: list[Json]) -> str:
 def _parts(plan: Json) -> list[Child]:
   parts: list[Child] = [element("h1", f"{plan['model']} on {plan['device']}")]
   if "refused" in plan:
-    parts.append(element("p", f"as it is: {plan['refused']}", class_="no"))
+    parts.append(element("p", f"as given: {plan['refused']}", class_="no"))
   else:
     summary = rendering.fit_summary(plan)
     parts.append(element("p", summary, class_=None if plan["fits"] else "no"))
     parts += [_memory(plan), _table(rendering.detail_rows(plan))]
   if "advice" in plan:
     rows = [[*cells, element("code", it)] for *cells, it in rendering.advice_rows(plan["advice"])]
-    head = [["a step", "peak", "host", "flags"]] if rows else []
-    parts += [element("h2", "What fits"), _table([*head, *rows])]
+    head = [["step", "peak", "host", "flags"]] if rows else []
+    parts += [element("h2", "Settings that fit"), _table([*head, *rows])]
     parts += [element("p", line) for line in rendering.rejection_lines(plan)]
   return parts
 
 
 def _memory(plan: Json) -> list[Html]:
-  """Renders the bar and the table of a device's memory."""
+  """Render the bar and the table of a device's memory."""
   total = max(plan["peak_bytes"], plan["usable_bytes"])
   blocks, rows = [], []
   for name, nbytes in plan["breakdown"].items():

@@ -1,4 +1,4 @@
-"""Renders the page of one run: its outcome, its course and how to reproduce it."""
+"""The page of one run: outcome, curves, samples, and commands to reproduce it."""
 
 import shlex
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from jaxft.utils.files import atomic_write
 from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
-MAX_EVALUATIONS = 24  # rows of the table
+MAX_EVALUATIONS = 24  # rows of the table of evaluations
 TEASER_CHARS = 420  # characters of each of the two samples on the first screen
-MAX_VALUE_CHARS = 2000  # of a value in a table of facts
-MAX_ITEMS = 50  # of a list from a file
+MAX_VALUE_CHARS = 2000  # characters of a value in a table
+MAX_ITEMS = 50  # shown items of a list from a file
 CLASSIFICATION_METRICS = (("accuracy", "eval/accuracy"), ("F1", "eval/f1"))
 LOGGED_METRICS = (
   ("training loss", "train/loss"),
@@ -29,7 +29,7 @@ LENGTH_KEYS = ("shortest", "median", "mean", "longest")
 
 
 def render(record: RunRecord) -> str:
-  """Returns the HTML of the run."""
+  """Return the HTML page of the run."""
   sections = [
     _header(record),
     _export_section(record),
@@ -44,7 +44,7 @@ def render(record: RunRecord) -> str:
 
 
 def write(workdir: Path) -> None:
-  """Writes report.html of the run in this workdir."""
+  """Write report.html of the run in this workdir."""
   atomic_write(workdir / "report.html", render(run_record.load(workdir)))
 
 
@@ -65,17 +65,17 @@ def _header(record: RunRecord) -> Html:
 
 
 def _lead(record: RunRecord) -> list[Child]:
-  """Explains the headline: of which text it is, and what the best possible value is."""
+  """Explain the headline: the evaluated text, and the best possible value."""
   metric = formatting.headline_metric(record)
   floor = _entropy_floor(record)
   held_out = get_int(record.data, "rows", "held_out")
   if metric is None:
     if get_int(record.data, "tokens", "held_out") == 0:
-      return ["Nothing was held out, so there is no eval loss."]
-    return ["There is no evaluation in metrics.jsonl."]
+      return ["No text was held out, so the run has no eval loss."]
+    return ["metrics.jsonl contains no evaluation."]
   noun = "held-out text" if record.classifies else "held-out document"
   text = f"Measured on {format_count(held_out, noun) if held_out else 'held-out text'}."
-  worse = element("span", "It is worse than before. ", class_="bad")
+  worse = element("span", "This is worse than before training. ", class_="bad")
   parts: list[Child] = [worse, text] if metric.better is False else [text]
   if metric.after is None:
     return parts
@@ -83,12 +83,12 @@ def _lead(record: RunRecord) -> list[Child]:
     possible = metric.before - floor
     gained = format_percent((metric.before - metric.after) / possible)
     parts.append(
-      f" The run gained {gained} of the {format_number(possible)} nats a token that lie between "
-      "the loss before it and the text's own entropy, below which no model can go."
+      f" The run gained {gained} of the possible {format_number(possible)} nats per token: the "
+      "loss before training minus the entropy of the text, which no model can beat."
     )
   if record.exported_step < record.last_step:
     steps = f"step {record.exported_step:,} of {record.last_step:,}"
-    parts.append(f" The weights of {steps} were exported, the best that were saved.")
+    parts.append(f" The weights of {steps} were exported, the best of the saved checkpoints.")
   return parts
 
 
@@ -98,7 +98,7 @@ def _entropy_floor(record: RunRecord) -> float | None:
 
 
 def _tiles(record: RunRecord) -> Html | None:
-  """Renders the numbers that people look for first."""
+  """Render the main numbers of the run."""
   unit = formatting.unit_name(record)
   tiles: list[tuple[str, str, str | None]] = [
     (METRIC_NAMES[key], formatting.format_cells(record, key), None)
@@ -106,16 +106,16 @@ def _tiles(record: RunRecord) -> Html | None:
   ]
   shares = [record.memorized_share(when) for when in ("before", "after")]
   if percents := [format_percent(it) for it in shares if it is not None]:
-    tiles.append(("8-grams by heart", " → ".join(percents), "of the samples"))
+    tiles.append(("memorized 8-grams", " → ".join(percents), "of the samples"))
   if (floor := _entropy_floor(record)) is not None:
-    tiles.append(("the text's own entropy", format_number(floor), None))
+    tiles.append(("entropy floor", format_number(floor), None))
   if tokens := record.points("train/tokens"):
     steps = format_count(record.last_step, "step")
     tiles.append((f"{unit}s trained on", f"{int(tokens[-1][1]):,}", f"in {steps}"))
   if (speed := record.median("perf/tokens_per_second")) is not None:
     mfu = record.median("perf/mfu")
     note = None if mfu is None else f"MFU {format_percent(mfu)}"
-    tiles.append((f"{unit}s a second", formatting.format_speed(speed), note))
+    tiles.append((f"{unit}s per second", formatting.format_speed(speed), note))
   items = []
   for name, value, note in tiles:
     small = element("small", note) if note else None
@@ -124,7 +124,7 @@ def _tiles(record: RunRecord) -> Html | None:
 
 
 def _before_and_after(record: RunRecord) -> Html | None:
-  """Renders the first and the last sample of one prompt."""
+  """Render the first and last sample of one prompt."""
   for group in samples.by_prompt(record).values():
     if len(group) > 1:
       return samples.side_by_side([group[0], group[-1]], TEASER_CHARS)
@@ -132,7 +132,7 @@ def _before_and_after(record: RunRecord) -> Html | None:
 
 
 def _export_section(record: RunRecord) -> Html | None:
-  """Renders the exported folder, how it was verified, and how to load it."""
+  """Render facts about the export, its verification, and code that loads it."""
   export = get_dict(record.about, "export")
   folder = export.get("folder")
   if not isinstance(folder, str):
@@ -146,7 +146,7 @@ def _export_section(record: RunRecord) -> Html | None:
   facts = [
     ("folder", folder),
     ("weights", f"of step {record.exported_step:,}, in {export.get('dtype')}"),
-    ("read back", f"all tensors are {export.get('tensors')} what was trained"),
+    ("read back", f"all tensors equal those of the trained model, {export.get('tensors')}"),
     ("logits", logits),
     ("LoRA adapter", export.get("adapter")),
   ]
@@ -193,7 +193,7 @@ def _curves(record: RunRecord) -> Html | None:
   figures = [
     chart(
       "Loss",
-      f"nats a {unit}",
+      f"nats per {unit}",
       losses,
       floor=("entropy", floor) if floor else None,
       nonfinite_steps=record.nonfinite_steps,
@@ -202,16 +202,16 @@ def _curves(record: RunRecord) -> Html | None:
     chart("Held-out texts classified", "share", accuracy, share=True),
     chart("Learning rate", "", [series("rate", "train/learning_rate")], from_zero=True),
     chart("Gradient norm", "before clipping", norm),
-    chart("Speed", f"{unit}s a second", tokens, from_zero=True),
+    chart("Speed", f"{unit}s per second", tokens, from_zero=True),
     chart("MFU", "share of the peak", speed("MFU", "perf/mfu"), from_zero=True),
   ]
   figures = [it for it in figures if it]
   parts = [element("div", figures, class_="charts") if figures else None, _logged_once(record)]
-  return section("How it went", *parts) if any(parts) else None
+  return section("Training curves", *parts) if any(parts) else None
 
 
 def _logged_once(record: RunRecord) -> Html | None:
-  """Renders values that would be a single dot in a chart."""
+  """Render values that were logged once, as text: a chart would show a single dot."""
   points = {name: record.points(key) for name, key in LOGGED_METRICS}
   single = {name: it[0] for name, it in points.items() if len(it) == 1}
   if not single:
@@ -225,14 +225,14 @@ def _samples(record: RunRecord) -> Html | None:
   shown = [sample for group in groups.values() for sample in group]
   is_short = all(len(sample.text) <= TEASER_CHARS for sample in shown)
   if not groups or len(groups) == 1 and len(shown) == 2 and is_short:
-    return None  # the first screen shows all of them
+    return None  # the header already shows all samples
   seeds = format_setting(
     ", ".join(sorted({str(it["seed"]) for it in record.samples if "seed" in it}))
   )
-  text = f"The same prompts (grey) and the same seed ({seeds}), drawn by the same rules."
+  text = f"All samples use the same prompts (gray), seed ({seeds}) and sampling settings."
   if any("memorised_8grams" in it for it in record.samples):
-    share = "the share of a sample's runs of eight tokens that stand in the training text"
-    text += f" By heart: {share}."
+    share = "the share of a sample's sequences of eight tokens that occur in the training text"
+    text += f" Memorized: {share}."
   return section("Samples", _note(text), *samples.render_all(groups))
 
 
@@ -267,15 +267,15 @@ def _memory(record: RunRecord) -> Html | None:
       share = f"width:{nbytes / width:.2%}"
       bar.append(element("div", style=share, class_=name, title=name))
       rows.append([[element("span", class_=f"dot {name}"), name], format_bytes(nbytes)])
-    rows.append(["planned, a device", element("b", format_bytes(total))])
+    rows.append(["planned, per device", element("b", format_bytes(total))])
   if host := get_float(memory, "host"):
-    rows.append(["planned, of the host for each device", format_bytes(host)])
+    rows.append(["planned, host memory per device", format_bytes(host)])
   if peak is not None:
-    source = "a device" if of_device else "the whole process: Python, JAX and the data too"
-    rows.append([f"measured at most, {source}", element("b", format_bytes(peak))])
+    source = "per device" if of_device else "whole process, with Python, JAX and data"
+    rows.append([f"measured peak, {source}", element("b", format_bytes(peak))])
   if not rows:
     return None
-  text = "Planned by the compiler before any memory was taken; measured while the run went on."
+  text = "Planned: by the compiler, before memory was allocated. Measured: during the run."
   shown = element("div", bar, class_="bar") if bar else None
   return section("Memory", _note(text), shown, table([], rows, "numbers"))
 
@@ -305,7 +305,10 @@ def _data(record: RunRecord) -> Html | None:
     ("read from", format_setting(record.config.get("data.train"), MAX_VALUE_CHARS)),
     ("held out", _held_out(record)),
     ("rows of tokens", _labelled_counts(report, "sequences", sequences)),
-    ("tokens a document", _labelled_counts(report, "tokens_per_row", {k: k for k in LENGTH_KEYS})),
+    (
+      "tokens per document",
+      _labelled_counts(report, "tokens_per_row", {k: k for k in LENGTH_KEYS}),
+    ),
     ("padding", None if padding is None else format_percent(padding)),
     ("duplicates", None if duplicates is None else f"{duplicates:,}"),
     ("classes", format_setting(tuple(labels)) if isinstance(labels, list) else None),
@@ -326,7 +329,7 @@ def _held_out(record: RunRecord) -> str:
     return "nothing"
   if get_int(record.data, "notes", "documents whose end is held out"):
     return f"the last {format_percent(fraction)} of each"
-  return f"{format_percent(fraction)} of the documents, drawn"
+  return f"{format_percent(fraction)} of the documents, at random"
 
 
 def _labelled_counts(report: Json, key: str, labels: dict[str, str]) -> str:
@@ -335,7 +338,7 @@ def _labelled_counts(report: Json, key: str, labels: dict[str, str]) -> str:
 
 
 def _accounting_note(report: Json) -> Child:
-  """Returns whether everything that was read is accounted for."""
+  """Return whether all documents and tokens that were read are accounted for."""
   problems = []
   for kind, name in (("rows", "documents"), ("tokens", "tokens")):
     dropped = get_dict(report, kind, "dropped")
@@ -377,11 +380,11 @@ def _run_details(record: RunRecord) -> Html:
     if value is not None and (name not in defaults or value != defaults[name]):
       changed.append((name, format_setting(value)))
   return section(
-    "What was run",
+    "Run details",
     _facts_table(facts),
-    element("h3", "Settings that are not at their default"),
+    element("h3", "Changed settings"),
     _facts_table(changed),
-    _note("All of them are in config.json."),
+    _note("config.json contains all settings."),
   )
 
 
@@ -390,13 +393,13 @@ def _short_commit(commit: object) -> str | None:
 
 
 def _facts_table(facts: Sequence[tuple[str, object]]) -> Html:
-  """Returns a table of the values that are known; a path breaks after its slashes."""
+  """Return a table of the known values; paths may break after slashes."""
   cell = lambda value: markup.breakable(format_setting(str(value), MAX_VALUE_CHARS))
   return table([], [[name, cell(value)] for name, value in facts if value], "facts")
 
 
 def _starts(record: RunRecord) -> list[str]:
-  """Returns the starts of a run that was continued; nothing for a single start."""
+  """Return a line for each start of a resumed run; [] for a single start."""
   return [
     f"at step {get_int(it, 'step') or 0:,}, {it.get('at')}, on {_devices(it)}"
     for it in (samples.evenly_spaced(record.starts, 8) if len(record.starts) > 1 else [])
@@ -408,7 +411,7 @@ def _devices(about: Json) -> str:
 
 
 def _reproduce(record: RunRecord) -> Html:
-  """Renders the commands that start the same run again."""
+  """Render the commands that repeat this run."""
   about = record.about
   lines: list[str] = []
   if about.get("command"):
@@ -419,11 +422,11 @@ def _reproduce(record: RunRecord) -> Html:
     variables = get_dict(about, "environment").items()
     words = [f"{name}={shlex.quote(str(value))}" for name, value in variables]
     lines.append(" ".join([*words, str(about["command"])]))
-    note = "The command as it was given; with another --workdir it begins from the start."
+    note = "The command of this run. With another --workdir it starts from step 0."
   else:
     file = str(record.workdir / "config.json")
     lines += ["python - <<'END'", "from pathlib import Path", "import jaxft"]
     lines += ["from jaxft import config", f"config = config.load_run_config(Path({file!r}))"]
     lines += ['jaxft.finetune(config, "runs/again")', "END"]
-    note = "This run was not started by a command that is known; its config.json starts the same."
-  return section("Again", _note(note), _code("\n".join(lines)))
+    note = "The command of this run is unknown. This code starts the same run from its config.json."
+  return section("Reproduce", _note(note), _code("\n".join(lines)))

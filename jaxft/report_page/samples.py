@@ -1,11 +1,11 @@
-"""Samples side by side: of the same prompt and seed at different steps, or in different runs."""
+"""Samples side by side: one prompt and seed at several steps or in several runs."""
 
 from typing import NamedTuple, TypeVar
 
 from jaxft.report_page.markup import Html, element
 from jaxft.report_page.run_record import RunRecord, get_float
 
-# A page stays below 3 MB with any samples.
+# With these limits a page stays below 3 MB.
 MAX_PROMPTS = 30
 MAX_SAMPLES = 4
 MAX_TEXT_CHARS = 3000
@@ -15,35 +15,37 @@ Item = TypeVar("Item")
 
 
 class Sample(NamedTuple):
+  """A sample with its title on the page."""
+
   title: str
   prompt: str
   text: str
-  after: bool = False  # of the end of a run
+  after: bool = False  # drawn at the end of the run
 
 
 def by_prompt(record: RunRecord) -> dict[str, list[Sample]]:
-  """Returns the samples of each prompt, oldest first."""
+  """Return the samples of each prompt, oldest first."""
   groups: dict[str, list[Sample]] = {}
   for it in record.samples:
     prompt = it["prompt"]
     when = it["when"]
     title = f"{when}, step {it['step']:,}" if it["step"] else when
     if (share := get_float(it, "memorised_8grams")) is not None:
-      title += f"; {100 * share:.1f} % by heart"
+      title += f"; {100 * share:.1f} % memorized"
     sample = Sample(title=title, prompt=prompt, text=it["text"], after=when == "after")
     groups.setdefault(prompt, []).append(sample)
   return groups
 
 
 def evenly_spaced(items: list[Item], max_items: int) -> list[Item]:
-  """Returns at most `max_items`: the first, the last, and some evenly between."""
+  """Return at most `max_items`: the first, the last, and evenly spaced others."""
   if len(items) <= max_items:
     return items
   return [items[round(i * (len(items) - 1) / (max_items - 1))] for i in range(max_items)]
 
 
 def side_by_side(group: list[Sample], max_chars: int = MAX_TEXT_CHARS) -> Html:
-  """Renders the texts beside each other, or one below the other on a narrow screen."""
+  """Render the texts side by side, or in one column on a narrow screen."""
   return element("div", [_render_sample(it, max_chars) for it in group], class_="sides")
 
 
@@ -56,7 +58,7 @@ def _render_sample(it: Sample, max_chars: int) -> Html:
 
 
 def clip_text(text: str, max_chars: int) -> str:
-  """Returns at most `max_chars` of a text, cut after a word if possible, with an ellipsis."""
+  """Truncate text to `max_chars`, after a word if possible, with an ellipsis."""
   if len(text) <= max_chars:
     return text
   words = text[:max_chars].rsplit(maxsplit=1)[0]
@@ -64,14 +66,14 @@ def clip_text(text: str, max_chars: int) -> str:
 
 
 def render_all(groups: dict[str, list[Sample]]) -> list[Html]:
-  """Renders every prompt with its samples, up to the limits of a page."""
+  """Render every prompt with its samples, up to the limits of a page."""
   shown = list(groups.values())[:MAX_PROMPTS]
   parts = [side_by_side(evenly_spaced(group, MAX_SAMPLES)) for group in shown]
   hidden = []
   if len(groups) > MAX_PROMPTS:
     hidden.append(f"{len(groups) - MAX_PROMPTS:,} more prompts")
   if between := sum(max(0, len(group) - MAX_SAMPLES) for group in shown):
-    hidden.append(f"{between:,} samples of steps in between")
+    hidden.append(f"{between:,} samples of intermediate steps")
   if hidden:
     note = f"Not shown: {' and '.join(hidden)}; they are in samples.jsonl."
     parts.append(element("p", note, class_="note"))

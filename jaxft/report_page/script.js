@@ -1,5 +1,5 @@
-// Shows values under the pointer; a page works without it. Lines are in a box of 1000 x 1000:
-// data-x and data-y have the ends of the axes.
+// Shows values at the pointer; a page also works without this script. Lines are drawn in a box of
+// 1000 x 1000; data-x and data-y are the ends of the axes.
 "use strict";
 for (const plot of document.querySelectorAll(".plot")) {
   const [x0, x1] = plot.dataset.x.split(" ").map(Number);

@@ -1,1 +1,1 @@
-"""Where arrays live: the mesh, and the rules that shard parameters and batches over it."""
+"""The device mesh, and the rules that shard parameters and batches over it."""

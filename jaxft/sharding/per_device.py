@@ -1,4 +1,4 @@
-"""Functions that run once on each device, on its own shard of an array."""
+"""Functions that run once per device, on the device's shard of an array."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,22 +16,27 @@ class LocalShard(NamedTuple):
   """A device's shard of an array."""
 
   values: jax.Array
-  offsets: tuple[jax.Array | int, ...]  # of the shard in the array, along each axis
-  shape: tuple[int, ...]  # of the array
-  is_primary: jax.Array | bool  # true on one of the devices that hold copies of this shard
+  offsets: tuple[jax.Array | int, ...]  # start of the shard in the array, along each axis
+  shape: tuple[int, ...]  # shape of the whole array
+  is_primary: jax.Array | bool  # true on exactly one of the devices with a copy of this shard
 
 
 def map_shards(
   shardings: list[Sharding], fn: Callable[[LocalShard], jax.Array]
 ) -> Callable[[list[jax.Array]], jax.Array]:
-  """Make a function: leaves -> `fn` of each device's shard of each leaf, (devices, leaves, ...).
+  """Make a function that applies `fn` to each device's shard of each leaf.
 
-  Each device reads what it holds, and one collective shares all results: one for each leaf would be
-  dozens that wait for nothing, and XLA's CPU devices that have several under way can wait for each
-  other without end (jax 0.10.2, eight devices on two cores).
+  Each device reads its own shards, and one collective shares all results. One collective per leaf
+  would be dozens that do not depend on each other. XLA's CPU devices can deadlock with several
+  collectives in flight (jax 0.10.2, eight devices on two cores).
 
   Args:
-    shardings: of the leaves, in order; unless all are of one mesh, `fn` gets whole leaves.
+    shardings: shardings of the leaves, in order. Unless all belong to one mesh, `fn` gets whole
+      leaves.
+    fn: returns an array of the same shape for every shard.
+
+  Returns:
+    A function from the leaves to an array of shape (devices, leaves, ...).
   """
   named = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
   meshes = {sharding.mesh for sharding in named}
@@ -53,7 +58,7 @@ def map_shards(
 
   in_specs = ([sharding.spec for sharding in named],)
   out_specs = PartitionSpec(mesh.axis_names)
-  # Without check_vma, as results differ from device to device by design.
+  # check_vma would reject results that differ between devices, which is intended here.
   return jax.shard_map(
     map_local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )
@@ -62,12 +67,13 @@ def map_shards(
 def _local_shard(values: jax.Array, sharding: NamedSharding) -> LocalShard:
   """Describe this device's shard, inside `shard_map`."""
   mesh = sharding.mesh
-  # Mesh axes of each array axis; a PartitionSpec may end early, and may have a name for a tuple.
+  # Mesh axes of each array axis. A PartitionSpec may be shorter than the array's rank, and an entry
+  # may be a name, a tuple of names or None.
   spec = (*sharding.spec, *[None] * values.ndim)[: values.ndim]
   axes = [names if isinstance(names, tuple) else (names,) if names else () for names in spec]
   index = [jax.lax.axis_index(names) if names else 0 for names in axes]
   sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
-  # Devices that differ only along the other mesh axes hold copies: the first of them is primary.
+  # Devices that differ only along the other mesh axes hold copies; the first of them is primary.
   copy_axes = tuple(name for name in mesh.axis_names if name not in sum(axes, ()))
   return LocalShard(
     values=values,
@@ -78,10 +84,15 @@ def _local_shard(values: jax.Array, sharding: NamedSharding) -> LocalShard:
 
 
 def make_nonfinite_check(shardings: PyTree) -> Callable[[PyTree], jax.Array]:
-  """Make a function: tree sharded as `shardings` -> per leaf, whether it has a NaN or infinity."""
+  """Make a function that finds NaN and infinity in a tree.
 
-  # A NaN is the maximum wherever it is; isfinite(leaf).all() takes four times as long and 500 MB
-  # (GPT-2 124M on a CPU).
+  Returns:
+    A function from a tree sharded as `shardings` to one bool per leaf: true if it has a non-finite
+    number.
+  """
+
+  # The maximum of numbers with a NaN is NaN. isfinite(leaf).all() would take four times as long,
+  # and 500 MB (GPT-2 124M on a CPU).
   def has_nonfinite(shard):
     return ~jnp.isfinite(jnp.max(jnp.abs(shard.values)))
 
@@ -92,10 +103,15 @@ def make_nonfinite_check(shardings: PyTree) -> Callable[[PyTree], jax.Array]:
 def shard_map(
   fn: Callable[..., jax.Array], in_axes: Sequence[Axes], out_axes: Axes, mesh: Mesh | None
 ) -> Callable[..., jax.Array]:
-  """Make `fn` run on local shards of its arguments, for one in which no device needs another.
+  """Run `fn` on local shards; it must not need data of other devices.
 
-  Left to split a kernel itself, the compiler would gather its arguments first. Arguments may be
-  None; the result, with the logical axes `out_axes`, is shaped as the first of them.
+  Without this, the compiler gathers a kernel's arguments, because it cannot split the kernel.
+
+  Args:
+    fn: takes arrays or None, and returns an array shaped as its first argument.
+    in_axes: logical axes of each argument.
+    out_axes: logical axes of the result.
+    mesh: None, or a mesh of one device: returns `fn` unchanged.
   """
   if mesh is None or mesh.size == 1:
     return fn

@@ -1,4 +1,4 @@
-"""Sharding rules: a table from logical axes to mesh axes, and the shardings that follow."""
+"""Sharding rules: a table from logical axes to mesh axes, and its shardings."""
 
 import math
 from typing import TypeAlias
@@ -13,11 +13,14 @@ from jaxft.utils.types import PyTree
 
 Axes: TypeAlias = tuple[str | None, ...]  # the logical axes of an array
 
-# Logical axis -> mesh axes, of arrays as they are stored, split as far as they can be, and as the
-# maths uses them. A weight is stored in slices along "embed" and gathered where it is used (FSDP,
-# or ZeRO-3): inside the layer scan, so that one layer is whole at a time. D is the axis to split:
-# 768 ... 4096 divide by 8 ... 256. Tensor parallelism splits heads, feed-forward and vocabulary
-# (Megatron, arXiv:1909.08053): there each device computes with its own shard.
+# Logical axis -> mesh axes, in two layouts. STORED arrays are split as far as possible; COMPUTE is
+# the layout in which the program uses them.
+#
+# FSDP (ZeRO-3): a weight is stored in slices along "embed" and gathered inside the layer scan, so
+# that only one layer is whole at a time. We split D, because 768 ... 4096 divide by 8 ... 256.
+#
+# Tensor parallelism splits heads, feed-forward and vocabulary (Megatron, arXiv:1909.08053). Each
+# device computes with its own shard, so both layouts are the same.
 RULES = {
   #             stored              compute
   "batch": (("data", "fsdp"), ("data", "fsdp")),
@@ -30,19 +33,25 @@ RULES = {
   None: ((), ()),
 }
 STORED, COMPUTE = 0, 1
-# The ZeRO stage (arXiv:1910.02054) from which on a tree is split over the fsdp axis; below it each
-# device has a copy.
+# The lowest ZeRO stage (arXiv:1910.02054) at which a tree is split over the fsdp axis. Below it
+# each device has a copy.
 MIN_ZERO_STAGE = {"optimizer": 1, "gradients": 2, "parameters": 3}
-# Vocabulary tables are padded to a multiple of this many rows: every power of two up to it divides
-# them, matrix units are full, and the padding is the same on every mesh, so that a checkpoint fits
-# them all.
+# Vocabulary tables are padded to a multiple of this many rows. Then every power of two up to 128
+# divides them, and matrix units are full. The padding is the same on every mesh, so that a
+# checkpoint can be restored on another one.
 VOCAB_MULTIPLE = 128
 
 
 def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, use: int) -> PartitionSpec:
-  """Partition one array; `use` is STORED or COMPUTE.
+  """Return the PartitionSpec of one array.
 
-  An axis that its mesh axes do not divide stays whole: JAX would refuse an uneven split.
+  An axis whose size its mesh axes do not divide stays whole, because JAX rejects uneven splits.
+
+  Args:
+    axes: logical axes of the array, one per dimension.
+    shape: shape of the array.
+    mesh: the mesh.
+    use: STORED or COMPUTE.
   """
   entries = []
   used = set()
@@ -59,11 +68,14 @@ def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, use: int) -> 
 def tree_shardings(
   tree: str, shapes: PyTree, axes: PyTree, mesh: Mesh, zero_stage: int = 3
 ) -> PyTree:
-  """Make a NamedSharding for every leaf of a tree that is shaped like the parameters.
+  """Return a NamedSharding for every leaf of a tree like the parameters.
 
   Args:
     tree: "parameters", "gradients" or "optimizer" (its moments).
-    shapes, axes: the trees of `decoder.abstract_model`; `model/layers.py` names the axes.
+    shapes: tree of shapes, from `decoder.abstract_model`.
+    axes: tree of logical axes, from `decoder.abstract_model`; `model/layers.py` names them.
+    mesh: the mesh.
+    zero_stage: `config.mesh.zero_stage`; decides whether `tree` is split over fsdp.
   """
   use = _use(tree, zero_stage)
 
@@ -80,7 +92,17 @@ def _use(tree: str, zero_stage: int) -> int:
 def opt_state_shardings(
   tx: optax.GradientTransformation, shapes: PyTree, moments: PyTree, mesh: Mesh
 ) -> PyTree:
-  """Shard optimizer state: moments as `moments`; what has another shape (counts) is replicated."""
+  """Return the shardings of the optimizer state.
+
+  A leaf shaped like its parameter (a moment) is sharded as in `moments`; others, such as counts,
+  are replicated.
+
+  Args:
+    tx: the optimizer.
+    shapes: tree of the parameters' shapes.
+    moments: tree of shardings, from `tree_shardings`.
+    mesh: the mesh.
+  """
 
   def of_param(param, sharding, states):
     is_moment = lambda leaf: leaf.shape == param.shape
@@ -90,22 +112,27 @@ def opt_state_shardings(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Return the sharding of an array that is whole on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
-  """Put the shardings into the shapes."""
+  """Return the tree of shapes with these shardings."""
   struct = jax.ShapeDtypeStruct
   return jax.tree.map(lambda x, s: struct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def data_parallel_size(mesh: Mesh) -> int:
-  """How many ways rows of a batch are split: tensor parallelism shares rows."""
+  """Return the number of parts of a batch; tensor-parallel devices share a part."""
   return math.prod(mesh.shape[axis] for axis in RULES["batch"][STORED])
 
 
 def accumulation_steps(train: TrainSection, mesh: Mesh) -> int:
-  """Gradient accumulation steps of a batch; raises RequestError when rows do not divide evenly."""
+  """Return the number of gradient accumulation steps of a batch.
+
+  Raises:
+    RequestError: if the sequences do not divide evenly.
+  """
   dp_size = data_parallel_size(mesh)
   micro_batch = min(train.micro_batch_size * dp_size or train.batch_size, train.batch_size)
   if train.batch_size % micro_batch or micro_batch % dp_size:
@@ -118,7 +145,11 @@ def accumulation_steps(train: TrainSection, mesh: Mesh) -> int:
 
 
 def eval_batch_size(train: TrainSection, mesh: Mesh) -> int:
-  """Rows of an evaluation batch; raises RequestError when the devices cannot share them evenly."""
+  """Return the number of sequences of an evaluation batch.
+
+  Raises:
+    RequestError: if the devices cannot share them evenly.
+  """
   dp_size = data_parallel_size(mesh)
   if train.eval_batch_size % dp_size:
     raise RequestError(
@@ -129,12 +160,12 @@ def eval_batch_size(train: TrainSection, mesh: Mesh) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Shard a batch (accumulation step, row, column) along its rows."""
+  """Return the sharding of a batch (A, B, T) along B."""
   return NamedSharding(mesh, PartitionSpec(None, RULES["batch"][STORED], None))
 
 
 def constrain(x: jax.Array, axes: Axes, mesh: Mesh | None, use: int = COMPUTE) -> jax.Array:
-  """Shard an array of a program by its logical axes; without a mesh it stays as it is."""
+  """Constrain the sharding of an array inside a program; without a mesh return it."""
   if mesh is None:
     return x
   sharding = NamedSharding(mesh, partition_spec(axes, x.shape, mesh, use))
@@ -142,17 +173,20 @@ def constrain(x: jax.Array, axes: Axes, mesh: Mesh | None, use: int = COMPUTE) -
 
 
 def shard_rows(rows: jax.Array, tree: str, mesh: Mesh | None, zero_stage: int) -> jax.Array:
-  """Shard rows (..., B, T, D) of a vocabulary table, or their gradient, as the table is stored.
+  """Shard rows of a vocabulary table, or their gradient, as the table is stored.
 
-  Each device then looks up its slice of every row, or adds it up. B T D numbers travel instead of
-  V D: for GPT-J a tenth.
+  Each device then looks up, or sums, its slice of every row. The devices exchange B T D numbers
+  instead of V D: a tenth, for GPT-J.
 
   Args:
-    tree: "parameters" or "gradients", whose table it is.
+    rows: (..., B, T, D).
+    tree: "parameters" or "gradients": the tree of the table.
+    mesh: the mesh, or None.
+    zero_stage: `config.mesh.zero_stage`.
   """
   if mesh is None or _use(tree, zero_stage) == COMPUTE:
     return rows
-  # Not RULES: they split B over data and fsdp, but here fsdp splits D, as it does in the table.
+  # RULES would split B over data and fsdp. Here fsdp splits D instead, as in the stored table.
   axes = [*[None] * (rows.ndim - 3), "data", None, "fsdp"]
   spec = [
     axis if axis and size % mesh.shape[axis] == 0 else None
@@ -162,23 +196,29 @@ def shard_rows(rows: jax.Array, tree: str, mesh: Mesh | None, zero_stage: int) -
 
 
 def gather(x: jax.Array, axes: Axes, mesh: Mesh | None, zero_stage: int) -> jax.Array:
-  """Gather a weight, from how it is stored to how the maths uses it.
+  """Gather a weight from its stored layout to its compute layout.
 
-  A custom VJP shards the gradient as gradients are stored: with a constraint alone each device
-  would have all of it first.
+  A custom VJP shards the gradient as gradients are stored. With a constraint alone, each device
+  would first hold the whole gradient.
+
+  Args:
+    x: the weight.
+    axes: its logical axes.
+    mesh: the mesh, or None.
+    zero_stage: `config.mesh.zero_stage`.
   """
   if mesh is None:
     return x
   param_use, grad_use = (_use(tree, zero_stage) for tree in ("parameters", "gradients"))
 
   def forward(x: jax.Array) -> jax.Array:
-    # As it is stored first: XLA would else gather the float32 weight that a cast one comes from,
-    # twice the bytes.
+    # First constrain `x`, usually a bfloat16 copy, to the stored layout. Otherwise XLA gathers the
+    # float32 weight and casts it afterwards, which sends twice the bytes.
     return constrain(constrain(x, axes, mesh, param_use), axes, mesh)
 
   gather_vjp = jax.custom_vjp(forward)
-  # `forward` and not `gather_vjp` inside: to a remat policy that would be a call, whose result
-  # would be saved for each layer.
+  # The forward rule calls `forward`, not `gather_vjp`. A remat policy would treat a nested call of
+  # `gather_vjp` as one operation, and save its result for each layer.
   gather_vjp.defvjp(
     lambda x: (forward(x), None), lambda _, grad: (constrain(grad, axes, mesh, grad_use),)
   )

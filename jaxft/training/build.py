@@ -1,6 +1,7 @@
-"""The programs of a run, for devices that exist or not: shapes, shardings and jitted steps.
+"""The programs of a run: shapes, shardings and jitted steps.
 
-Allocates nothing: what a step needs is known before any memory is taken.
+This module allocates no arrays. A run therefore knows its memory use before it allocates, and
+`jaxft.plan` can compile a run for devices that are not present.
 """
 
 import dataclasses
@@ -31,47 +32,53 @@ from jaxft.utils.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainProgram:
-  """The train step and the eval step of a run, with the shapes and shardings of what they take."""
+  """The train and eval steps of a run, with shapes and shardings of their inputs."""
 
   graph: nnx.GraphDef[Decoder]
   compute: ComputeConfig
   tx: optax.GradientTransformation
   state: TrainState  # shapes with their shardings
-  batch: dict[str, jax.ShapeDtypeStruct]  # of an optimizer step, likewise
-  compute_params: Params  # of the copy of the weights on the device, with offload "optimizer"
+  batch: dict[str, jax.ShapeDtypeStruct]  # of one optimizer step: shapes with their shardings
+  compute_params: Params  # with offload "optimizer": shapes of the device's copy of the weights
   grad_shapes: Params  # shapes with their shardings
   grad_fn: jax.stages.Wrapped  # jitted: a `train_step.GradFn`
-  train_step: jax.stages.Wrapped  # a `train_step.TrainStepFn`, to which the state is donated
+  train_step: jax.stages.Wrapped  # a `train_step.TrainStepFn`; the state is donated
   eval_step: jax.stages.Wrapped  # an `eval_step.EvalStepFn`
-  eval_rows: int  # that an eval step takes
-  offload: str  # on the host: "none", "optimizer" state and weights, or "all", gradients too
-  loss_chunk: int  # positions a row whose logits exist at once; 0: all
+  eval_rows: int  # rows of an eval step
+  offload: str  # `memory.offload`: "none", "optimizer" or "all"
+  loss_chunk: int  # positions of a row whose logits are computed at a time; 0: all
 
   @property
   def eval_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the batch of an eval step."""
+    """Shapes of a batch of the eval step, with their shardings."""
     row = {name: np.empty(x.shape[2:], x.dtype) for name, x in self.batch.items()}
     return loader.batch_shapes(row, 1, self.eval_rows, self.batch_sharding)
 
   @property
   def host_mask(self) -> TrainState:
-    """Says for each leaf of the state whether it is in host memory."""
+    """For each leaf of the state, whether it is in host memory."""
     return offload.host_mask(self.state, self.offload)
 
   @property
   def batch_sharding(self) -> NamedSharding:
+    """The sharding of every array of a batch."""
     return self.batch["ids"].sharding
 
 
 def build_train_program(
   config: Config, cfg: ModelConfig, mesh: Mesh, total_steps: int, row: dict[str, np.ndarray]
 ) -> TrainProgram:
-  """Builds the programs of a run of `config` with this model on this mesh.
+  """Build the programs of a run.
 
   Args:
-    row: a row of the data, or one that is shaped like it.
+    config: the config of the run.
+    cfg: the config of the model that is trained.
+    mesh: the devices.
+    total_steps: of the run, for the learning-rate schedule.
+    row: a row of the data, or arrays of the same shapes and dtypes.
 
-  Raises RequestError when the batch or the model cannot be split as the mesh asks.
+  Raises:
+    RequestError: the batch or the model cannot be split over the mesh.
   """
   if lines := validate_mesh(mesh, D=cfg.D, N=cfg.N, F=cfg.F):
     raise RequestError("\n".join(lines))
@@ -94,9 +101,10 @@ def build_train_program(
   step = build_train_step(config, cfg, state, grad_fn, grad_shapes, total_steps)
   eval_step = make_eval_step(graph, loss_chunk=eval_chunk)
   host_mask = offload.host_mask(state, mode)
-  # The state leaves a step with the shardings that it came with: left to the compiler they could
-  # change, and the next step would be another program. It is donated, so old and new weights never
-  # exist together; the eval step only reads it.
+  # out_shardings fixes the state's shardings. If the compiler chose them, they could change from
+  # one step to the next, and the next step would be compiled again. Input shardings need no
+  # argument: jit takes them from `state` and `batch`. The state is donated, so that old and new
+  # weights never exist at the same time; the eval step only reads it.
   replicated = rules.replicated(mesh)
   return TrainProgram(
     graph=graph,
@@ -122,7 +130,14 @@ def build_train_program(
 def make_compute_config(
   config: Config, cfg: ModelConfig, mesh: Mesh, packed: bool
 ) -> ComputeConfig:
-  """Makes how the model of a run is computed on this mesh; `packed`: rows have segments."""
+  """Make the compute config of the model: dtype, remat, attention kernel and mesh.
+
+  Args:
+    config: the config of the run.
+    cfg: the config of the model.
+    mesh: the devices.
+    packed: whether rows have segments.
+  """
   device = mesh.devices.flat[0]
   dtype = resolve_dtype(config.model.compute_dtype, device)
   return ComputeConfig(
@@ -139,7 +154,11 @@ def make_compute_config(
 def select_kernel(
   config: Config, cfg: ModelConfig, device: jax.Device, dtype: jnp.dtype, packed: bool
 ) -> str:
-  """Selects one of `attention.KERNELS`; RequestError where the configured one cannot do it."""
+  """Select one of `attention.KERNELS`.
+
+  Raises:
+    RequestError: the configured kernel cannot be used.
+  """
   name = config.model.attention
   if name == "auto":
     return attention.fastest_kernel(device, dtype, cfg.H)
@@ -152,10 +171,10 @@ def select_kernel(
 def abstract_train_state(
   config: Config, cfg: ModelConfig, compute: ComputeConfig, mesh: Mesh
 ) -> tuple[nnx.GraphDef[Decoder], TrainState, Params]:
-  """Returns the model's graph, and shapes with shardings of its state and of a float32 gradient.
+  """Return the model's graph, and shapes of the state and of a float32 gradient.
 
-  All of it is on the device. Shapes only, so that this also runs for devices that do not exist
-  (jaxft.plan), and memory is known before any is taken.
+  The shardings are in device memory; `offload.state_with_host_memory` moves some of them. Only
+  shapes are made, so that this also runs for devices that are not present (`jaxft.plan`).
   """
   graph, shapes, axes = abstract_model(cfg, compute)
   shapes_f32, frozen = partition(shapes, cfg.trained)
@@ -163,7 +182,8 @@ def abstract_train_state(
   tx = optimizer.make_optimizer(config.optim)
   zero_stage = config.mesh.zero_stage
 
-  # Frozen weights are stored in the dtype they are computed with: half the bytes, the same result.
+  # Frozen weights are stored in the compute dtype. This gives the same result as a cast in every
+  # step, and with bfloat16 takes half the bytes.
   def cast_frozen(path, leaf):
     return leaf.update(dtype=compute.dtype) if optimizer.has_weight_decay(path) else leaf
 
@@ -187,7 +207,7 @@ def abstract_train_state(
 def choose_loss_chunk(
   config: Config, cfg: ModelConfig, compute: ComputeConfig, mesh: Mesh, rows: int
 ) -> int:
-  """Chooses how many positions of these rows have logits at once, of at most so many bytes."""
+  """Choose how many positions of each row have logits at a time; 0: all."""
   return loss.choose_chunk(
     config.memory.loss_chunk,
     B=rows // rules.data_parallel_size(mesh),
@@ -208,18 +228,27 @@ def build_grad_fn(
   A: int,
   loss_chunk: int,
 ) -> tuple[GradFn, Params, Params]:
-  """Builds the gradient function of this `memory.offload`.
-
-  Returns it, the shapes of its gradient, and those of the copy of the weights that it makes.
+  """Build the gradient function for the run's `memory.offload`.
 
   Args:
-    params, grads_f32: shapes of the trained weights and of a gradient, on the device.
+    config: the config of the run.
+    cfg: the config of the model.
+    compute: the compute config of the model.
+    graph: the model's graph definition.
+    params: shapes of the trained weights, on the device.
+    grads_f32: shapes of a float32 gradient, on the device.
     A: accumulation steps.
+    loss_chunk: positions of a row whose logits are computed at a time; 0: all.
+
+  Returns:
+    The function, the shapes of its gradient, and the shapes of its copy of the weights ({} if it
+    makes none).
   """
   shared = {"loss_chunk": loss_chunk, "seed": config.train.seed, "trained": cfg.trained}
   shardings = shardings_of(grads_f32)
   if config.memory.offload == "all":
-    # By hand, layer after layer: jax.grad would need the weights of all layers on the device.
+    # A hand-written backward pass, layer by layer: jax.grad through weights in host memory would
+    # keep the gradients of all layers on the device.
     grad_fn = offload.make_streamed_grad_fn(graph, remat=config.memory.remat, **shared)
     return grad_fn, offload.with_host_memory(rules.with_shardings(params, shardings)), {}
   if config.memory.offload == "optimizer":
@@ -231,7 +260,8 @@ def build_grad_fn(
   grad_fn = train_step.make_grad_fn(
     graph, grad_shardings=shardings, fetch_params=fetch_params, **shared
   )
-  # Several are added up in float32.
+  # The gradients of several accumulation steps are added up in float32. A single one has the
+  # dtype of the weights.
   grads = grads_f32 if A > 1 else rules.with_shardings(copy or params, shardings)
   return grad_fn, grads, copy
 
@@ -244,7 +274,7 @@ def build_train_step(
   grad_shapes: Params,
   total_steps: int,
 ) -> TrainStepFn:
-  """Builds the train step of this `memory.offload`."""
+  """Build the train step for the run's `memory.offload`."""
   grad_shardings = shardings_of(grad_shapes)
   if config.memory.offload == "none":
     checked = (grad_shardings, shardings_of(state.checkpointable))
@@ -252,8 +282,9 @@ def build_train_step(
     tx = optimizer.make_optimizer(config.optim)
     update_fn = train_step.make_update_fn(tx, cfg.trained)
   else:
-    # Gradients alone: reading the state for NaNs would bring it over from the host once more. A NaN
-    # in a weight reaches the loss, one in a moment reaches a weight and the loss a step later.
+    # Only gradients are checked: to check the state, it would have to be read from the host once
+    # more. A NaN in a weight reaches the loss; a NaN in a moment reaches a weight, and the loss one
+    # step later.
     grad_stats = offload.make_streamed_stats(grad_shardings)
     param_shardings = shardings_of(state.params)
     update_fn = offload.make_streamed_update_fn(config.optim, param_shardings, cfg.trained)

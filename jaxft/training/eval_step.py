@@ -14,29 +14,34 @@ from jaxft.model.decoder import Decoder
 from jaxft.model.loss import cross_entropy_sum
 from jaxft.utils.types import Params
 
-# (params, batch) -> sum of the loss, tokens and, of a classifier, the confusion matrix
+# (params, batch) -> summed loss, token count and, for a classifier, the confusion matrix
 EvalStepFn: TypeAlias = Callable[[Params, Batch], tuple[jax.Array, ...]]
 
 
 class EvalResult(NamedTuple):
-  """The loss of a model on a text, and what a classifier predicts for it."""
+  """The loss of a model on a text, and the predictions of a classifier."""
 
   loss: float  # nats per unmasked target
-  tokens: int  # of those targets
-  confusion_CC: np.ndarray | None = None  # of a classifier: counts, true class x predicted class
+  tokens: int  # number of unmasked targets
+  confusion_CC: np.ndarray | None = None  # classifier: counts, true x predicted
 
   @property
   def perplexity(self) -> float:
+    """exp(loss), with the loss capped at 700 to avoid an overflow."""
     return math.exp(min(self.loss, 700.0))
 
   @property
   def accuracy(self) -> float:
+    """Share of examples whose class a classifier predicts correctly."""
     assert self.confusion_CC is not None
     return float(self.confusion_CC.trace() / max(self.confusion_CC.sum(), 1))
 
   @property
   def f1(self) -> float:
-    """Of two classes the second one's; of more the mean ("macro"), with 0 for absent classes."""
+    """F1 of the second class; of more than two classes the macro mean.
+
+    A class without true or predicted examples counts as 0.
+    """
     assert self.confusion_CC is not None
     true_and_predicted = self.confusion_CC.sum(0) + self.confusion_CC.sum(1)
     f1_C = 2 * self.confusion_CC.diagonal() / np.maximum(true_and_predicted, 1)
@@ -44,7 +49,7 @@ class EvalResult(NamedTuple):
 
 
 def make_eval_step(graph: nnx.GraphDef[Decoder], *, loss_chunk: int) -> EvalStepFn:
-  """Returns `eval_step(params, batch) -> sums`, which add up over batches of any size."""
+  """Make `eval_step(params, batch) -> sums`; sums of batches can be added up."""
 
   def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
     model = nnx.merge(graph, params)
@@ -61,23 +66,23 @@ def make_eval_step(graph: nnx.GraphDef[Decoder], *, loss_chunk: int) -> EvalStep
     classes = jnp.arange(model.cfg.classes)
     predicted_BTC = (model.logits(h_BTD).argmax(-1)[..., None] == classes).astype(jnp.int32)
     true_BTC = ((targets_BT[..., None] == classes) & mask_BT[..., None]).astype(jnp.int32)
-    # C the true class, c the predicted one.
+    # C: true class, c: predicted class.
     return *sums, jnp.einsum("BTC,BTc->Cc", true_BTC, predicted_BTC)
 
   return eval_step
 
 
 def evaluate(eval_step: EvalStepFn, params: Params, batches: Iterable[Batch]) -> EvalResult:
-  """Evaluates the model on all batches.
+  """Evaluate the model on all batches.
 
-  Sums stay on the device until the end, and no batch waits for the one before it, but on a CPU.
+  Sums stay on the device until the end. Except on a CPU, no batch waits for the previous one.
   """
   sums = []
   for batch in batches:
     sums.append(eval_step(params, batch))
-    # Programs side by side, each of several devices that wait for each other, can take all of a
-    # CPU's threads: one in fifteen evaluations hung where the weights are on the host (jax 0.10.2,
-    # eight devices on two cores).
+    # On a CPU, several programs that run at the same time can deadlock: each waits in a collective,
+    # and together they hold all threads. With offloaded weights one in fifteen evaluations hung
+    # (jax 0.10.2, eight devices on two cores).
     if next(iter(sums[-1][0].devices())).platform == "cpu":
       sums[-1][0].block_until_ready()
   losses, counts, *confusions = zip(*sums, strict=True)

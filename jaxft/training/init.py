@@ -1,4 +1,4 @@
-"""Initial parameters and train state of a run, and the whole model after its last step."""
+"""Initial parameters and train state, and the merged model for export."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,14 @@ from jaxft.utils.types import Params
 
 
 def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Params) -> Params:
-  """Draws new weights, sharded as `shapes`, which may be a part of the program's."""
+  """Draw random weights.
+
+  Args:
+    program: the programs of the run.
+    cfg: config of the model.
+    seed: of the run.
+    shapes: shapes with shardings of the result: those of the program, or some of them.
+  """
 
   def init() -> Params:
     params = nnx.to_pure_dict(nnx.state(init_model(cfg, program.compute, seed)))
@@ -28,7 +35,8 @@ def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Para
 
   if program.offload == "none":
     return jax.jit(init, out_shardings=shardings_of(shapes))()
-  # Leaf by leaf on the CPU, in whose memory they stay: all may be too large for the device.
+  # Offloaded weights are drawn leaf by leaf on the CPU and stay in its memory: all of them may be
+  # too large for the device.
   leaves, tree = jax.tree.flatten(shapes)
   arrays = []
   has_cpu = "cpu" in (jax.config.read("jax_platforms") or "cpu").split(",")
@@ -40,7 +48,7 @@ def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Para
 
 
 def init_train_state(program: TrainProgram, params: Params, frozen: Params) -> TrainState:
-  """Initializes the state from parameters sharded as the program's; trained ones are donated."""
+  """Initialize the state from sharded parameters; donates `params`."""
   if program.offload == "none":
 
     def init(params):
@@ -50,7 +58,7 @@ def init_train_state(program: TrainProgram, params: Params, frozen: Params) -> T
     saved = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
     return TrainState.from_checkpoint(saved, frozen)
 
-  # Every optimizer begins with zeros: made on the host, without a detour over the device.
+  # The state of every optimizer starts as zeros, so it is made on the host directly.
   def zeros(leaf):
     def shard(index):
       return np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
@@ -65,7 +73,7 @@ def init_train_state(program: TrainProgram, params: Params, frozen: Params) -> T
 def load_or_init_params(
   program: TrainProgram, cfg: ModelConfig, source: HFCheckpoint, config: Config
 ) -> tuple[Params, Params]:
-  """Returns trained and frozen weights: of the base model, or drawn; adapters are always drawn."""
+  """Return trained and frozen weights, loaded or random; adapters are random."""
   shapes = program.state.all_params
   if config.model.init == "scratch":
     return init_params(program, cfg, config.train.seed, shapes), {}
@@ -78,11 +86,16 @@ def load_or_init_params(
 
 
 def merge_params(trained: Params, cfg: ModelConfig, source: HFCheckpoint, shapes: Params) -> Params:
-  """Merges what was trained into the base model: all its weights, without adapters, in float32.
+  """Merge trained weights into the base model.
 
   Args:
     trained: `TrainState.params`.
-    shapes: of the result, with shardings.
+    cfg: config of the model that was trained.
+    source: the base model, from which frozen weights are loaded again.
+    shapes: shapes with shardings of the result (`merged_shapes`).
+
+  Returns:
+    All weights of the model in float32, without adapters.
   """
   if not cfg.trained:
     return trained
@@ -92,9 +105,9 @@ def merge_params(trained: Params, cfg: ModelConfig, source: HFCheckpoint, shapes
 
 
 def merged_shapes(program: TrainProgram) -> Params:
-  """The shapes of `merge_params`.
+  """Return the shapes of the result of `merge_params`, with shardings.
 
-  In host memory where some weights are frozen: in float32 they may be too many for the device.
+  If some weights are frozen, all are in host memory: in float32 they may not fit on the device.
   """
   shapes = lora.without_adapters(program.state.all_params)
   shapes = jax.tree.map(lambda leaf: leaf.update(dtype="float32"), shapes)

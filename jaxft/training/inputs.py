@@ -1,4 +1,4 @@
-"""What a run is asked for, and what it reads: devices, base model, tokenizer and data."""
+"""The request of a run and its inputs: devices, base model, tokenizer and data."""
 
 import dataclasses
 from pathlib import Path
@@ -37,13 +37,14 @@ class RunRequest:
 
   config: Config
   workdir: Path
-  strict: bool = False  # a damaged checkpoint ends the run
-  allow_change: bool = False  # a run may resume with other settings than it was started with
-  overwrite: bool = False  # a run that is in the workdir is moved aside
+  strict: bool = False  # a damaged checkpoint raises
+  allow_change: bool = False  # a run may resume with changed settings
+  overwrite: bool = False  # an old run in the workdir is moved aside
   on_step: OnStep | None = None  # called after each train step
 
   @property
   def export_dir(self) -> Path:
+    """The Hugging Face folder that the run exports to."""
     return export_dir(self.config, self.workdir)
 
   @property
@@ -59,31 +60,34 @@ class RunRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunInputs:
-  """What a run reads; of weights only what identifies them."""
+  """The inputs of a run. Weights are not read yet, except for their fingerprint."""
 
   mesh: Mesh
   source: HFCheckpoint  # the base model
   tokenizer: "PreTrainedTokenizerFast"
   data: PreparedData
-  weights_fingerprint: str  # of the base model; "" of new weights
-  total_rows: int  # of all steps
+  weights_fingerprint: str  # of the base model; "" for random weights
+  total_rows: int  # over all steps
   total_steps: int
 
   @property
   def device(self) -> jax.Device:
+    """The first device of this process."""
     return self.mesh.local_devices[0]
 
   @property
   def model_type(self) -> str:
+    """The architecture in config.json, such as "gpt2"."""
     return self.source.hf_config["model_type"]
 
 
 def export_dir(config: Config, workdir: Path) -> Path:
+  """Return the folder of the export: `export.out`, or WORKDIR/export."""
   return Path(config.export.out) if config.export.out else workdir / "export"
 
 
 def validate_run(config: Config, workdir: Path, overwrite: bool = False) -> None:
-  """Raises RequestError with every error that shows without building anything."""
+  """Raise RequestError with all errors that can be found without building the run."""
   lines = jaxft.config.validate(config)
   if not lines:
     out = export_dir(config, workdir)
@@ -97,24 +101,24 @@ def validate_run(config: Config, workdir: Path, overwrite: bool = False) -> None
       out_path.is_relative_to(folder) for folder in run_folders
     ):
       lines.append(
-        f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own"
+        f"config.export.out={str(out)!r}: the run itself is written there; name a separate folder"
       )
     path = config.model.path
     if path and repo.is_local(path) and Path(path).resolve() == run_path:
       lines.append(
-        f"--workdir: {str(workdir)!r} is config.model.path, whose config.json the run would "
-        "replace by its own"
+        f"--workdir: {str(workdir)!r} is config.model.path, and the run would overwrite its "
+        "config.json; name another folder"
       )
     elif export.is_hf_model(workdir) and not overwrite:
       lines.append(
-        f"--workdir: {str(workdir)!r} has the config.json of a model, which the run would replace "
-        "by its own; name another folder, or have all of it moved aside by --overwrite_output_dir"
+        f"--workdir: {str(workdir)!r} has the config.json of a model, and the run would overwrite "
+        "it; name another folder, or pass --overwrite_output_dir to move this one aside"
       )
     if config.export.push_to_hub:
       lines += [f"config.export.{line}" for line in push.validate_push(config.export.push_to_hub)]
     lines += sources.validate_sources(config.data)
     lines += missing_packages(config.tracking)
-  if not lines:  # reading a model's config takes seconds, most of them to import transformers
+  if not lines:  # last, because it imports transformers, which takes seconds
     needs_weights = config.model.init == "pretrained"
     lines += repo.validate_model(config.model.path, needs_weights, config.model.torch_bin)
   if lines:
@@ -122,7 +126,11 @@ def validate_run(config: Config, workdir: Path, overwrite: bool = False) -> None
 
 
 def load_inputs(request: RunRequest) -> RunInputs:
-  """Reads what the settings name; the same in all processes, or RequestError."""
+  """Read the base model's config, the tokenizer and the data.
+
+  Raises:
+    RequestError: an input cannot be used, or the processes have read different inputs.
+  """
   config = request.config
   mesh = make_mesh(config.mesh)
   axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
@@ -135,7 +143,7 @@ def load_inputs(request: RunRequest) -> RunInputs:
     whole = has_frozen(config) or jax.process_count() > 1
     weights_fingerprint = repo.fingerprint(source, whole=whole)
   facts = {
-    "config.data, as it is cut into tokens": data.fingerprint,
+    "the tokens of config.data": data.fingerprint,
     "its validation text": data.validation_fingerprint,
     "config.data.unrelated": data.unrelated_fingerprint,
     "the files of config.model.path": weights_fingerprint,
@@ -161,21 +169,21 @@ def load_inputs(request: RunRequest) -> RunInputs:
 
 
 def has_frozen(config: Config) -> bool:
-  """Whether some weights are not trained."""
+  """Return whether some weights are not trained."""
   return bool(config.lora.rank or config.train.trainable_params)
 
 
 def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedTokenizerFast]":
-  """Reads config and tokenizer; RequestError where text would be too long for the model."""
+  """Read config and tokenizer, and check lengths against the model's positions."""
   config = request.config
   source = base_model.resolve(config.model)
   P = source.cfg.P  # positions
-  if request.overwrite:  # adapters name a model of their own
+  if request.overwrite:  # adapters name another folder, their base model
     check_not_an_input(request.workdir, [source.folder, source.tokenizer_folder])
   if source.adapter and config.lora.rank:
     raise RequestError(
-      f"config.model.path={config.model.path!r}: a folder of adapters, and adapters on top of it "
-      "could not be used without it; merge it first: python -m jaxft.export --model "
+      f"config.model.path={config.model.path!r} is a folder of adapters, and new adapters cannot "
+      "be trained on top of them; merge them first: python -m jaxft.export --model "
       f"{config.model.path} --out MERGED"
     )
   if (length := config.data.sequence_length) > P:
@@ -193,7 +201,7 @@ def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedToke
 def _load_data(
   config: Config, source: HFCheckpoint, tokenizer: "PreTrainedTokenizerFast"
 ) -> tuple[PreparedData, HFCheckpoint]:
-  """Reads every document, and gives a model that classifies a head for the data's classes."""
+  """Read all documents; for classification, add a head for the classes in the data."""
   with ProgressBar("tokenising", 1) as progress:
     on_progress = lambda done, total: progress.update(done, total=total)
     data = prepare_data(config.data, tokenizer, fingerprint(tokenizer), on_progress, log)
@@ -204,14 +212,15 @@ def _load_data(
     return data.with_class_ids(classifier.labels), classifier
   if source.cfg.classes:
     path = f"config.model.path={config.model.path!r}"
-    raise RequestError(f"{path}: a model that classifies; set config.model.head")
+    raise RequestError(f"{path} has a classification head; set config.model.head")
   return data, source
 
 
 def small_data_warnings(config: Config, data: PreparedData, total_steps: int) -> list[str]:
-  """Returns a line for each setting that the run cannot follow, as its data is too small for it.
+  """Return a warning for each setting that the data is too small for.
 
-  Raises RequestError for what needs an evaluation where nothing is held out.
+  Raises:
+    RequestError: a setting needs an eval loss, and no text is held out.
   """
   lines = []
   rows = len(data.train)
@@ -219,32 +228,32 @@ def small_data_warnings(config: Config, data: PreparedData, total_steps: int) ->
   if rows < train.batch_size:
     lines.append(
       f"config.train.batch_size={train.batch_size}: the training text fills only "
-      f"{format_count(rows, 'row')}, so each step takes all of it and masks the rest of the batch"
+      f"{format_count(rows, 'row')}, so each step uses all of it and masks the rest of the batch"
     )
   if config.optim.warmup_steps > total_steps:
     steps = optimizer.warmup_steps(config.optim, total_steps)
     lines.append(
       f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the "
-      f"{format_count(total_steps, 'step')} of the run; {format_count(steps, 'step')} instead, a "
-      "tenth of them"
+      f"{format_count(total_steps, 'step')} of the run; using {format_count(steps, 'step')}, a "
+      "tenth of the run"
     )
   if not data.validation:
     for name in ("keep_best_metric", "early_stopping_patience"):
       if value := getattr(train, name):
         read = format_count(data.report["rows"]["read"], "row")
         raise RequestError(
-          f"config.train.{name}={value!r}: nothing is held out of {read}; name sources in "
-          "config.data.validation"
+          f"config.train.{name}={value!r} needs held-out text, and the data ({read}) has too "
+          "little; name sources in config.data.validation"
         )
     lines.append(
-      "nothing is held out, so there is no eval loss; config.data.validation names text to "
-      "evaluate on"
+      "no text is held out, so this run has no eval loss; to evaluate, name text in "
+      "config.data.validation"
     )
   return lines
 
 
 def _data_summary(report: Json, rows: int) -> str:
-  """Says in a line what is trained on, held out and left out."""
+  """Summarize in one line how much text is trained on, held out and left out."""
   documents = report["rows"]
   tokens = report["tokens"]
   held_out = format_count(documents["held_out"], "document")

@@ -1,4 +1,4 @@
-"""The train loop: steps, and what is due after some of them."""
+"""The train loop: steps, logging, evaluation, samples and checkpoints."""
 
 import contextlib
 import functools
@@ -29,7 +29,14 @@ from jaxft.utils.types import Json
 def open_logger(
   run: BuiltRun, start: int, tokens_seen: int, stack: contextlib.ExitStack
 ) -> tuple[JsonlSink, MetricsLogger]:
-  """Opens the sinks of metrics and samples, and the logger that feeds them."""
+  """Open the sinks for metrics and samples, and the logger that writes to them.
+
+  Args:
+    run: the built run.
+    start: step that the run starts from.
+    tokens_seen: tokens trained on before `start`.
+    stack: closes the sinks when the run ends.
+  """
   config = run.config
   workdir = run.request.workdir
   is_main = jax.process_index() == 0
@@ -69,12 +76,16 @@ def train(
   about: Json,
   start_time: float,
 ) -> tuple[int, TrainState]:
-  """Takes the steps that are left; returns the number of the last one, and the state after it.
+  """Take the remaining steps.
 
-  Step n + 1 is under way before the metrics of step n are read. `state` is donated. `about` gets
-  "reached", the last step that was taken.
+  Step n + 1 is dispatched before the metrics of step n are read, so that logging does not leave the
+  device idle. `state` is donated. `about` gets "reached", the last step taken.
 
-  Raises Preempted where a signal asks the run to stop: all that was done is saved.
+  Returns:
+    The number of the last step, and the state after it.
+
+  Raises:
+    Preempted: a signal asked the run to stop. All steps taken are saved.
   """
   start = step = int(state.step)
   total_steps = run.inputs.total_steps
@@ -83,8 +94,8 @@ def train(
   ended_early = start > 0 and 0 < patience <= evaluator.evals_since_best()
   if ended_early and start < total_steps:
     log(
-      f"config.train.early_stopping_patience={patience}: no lower eval loss in as many "
-      "evaluations, so nothing more is trained; a higher one, or 0, goes on"
+      f"config.train.early_stopping_patience={patience}: the eval loss has not improved for this "
+      "number of evaluations, so training has ended; to continue, set a higher value or 0"
     )
   batches = train_batches(run, start)
   profiler = Profiler(
@@ -95,7 +106,7 @@ def train(
     paused=logger.clock.paused,
   )
   logger.clock.restart()
-  pending = None  # metrics of a step, on the device
+  pending = None  # metrics of the newest step, on the device, not logged yet
   with preemption.deferred(), profiler, ProgressBar("training", total_steps, start) as progress:
     for step in range(start + 1, 0 if ended_early else total_steps + 1):
       profiler.on_step_begin(step, pending)
@@ -107,7 +118,7 @@ def train(
       if pending:
         logger.log_step(step - 1, jax.device_get(pending), progress)
       profiler.on_step_end(step, metrics)
-      # A save goes on beside one step, so that a kill costs at most save_every + 1 of them.
+      # A save may overlap with one step only: a kill then costs at most save_every + 1 steps.
       checkpoints.wait()
       pending = metrics
       due = _due_after(step, run)
@@ -136,7 +147,10 @@ def train(
           f"{preemption.received}: saved at step {step} of {total_steps}; {same} continues"
         )
       if ended_early:
-        log(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
+        log(
+          f"early stopping at step {step} of {total_steps}: the eval loss did not improve for "
+          f"{patience} evaluations"
+        )
         break
     checkpoints.close()
     if preemption.should_stop(total_steps + 1):
@@ -145,7 +159,7 @@ def train(
 
 
 def train_batches(run: BuiltRun, start: int = 0) -> Iterator[Batch]:
-  """Yields the batches of the steps after `start`, on the run's devices."""
+  """Return the batches of all steps after `start`, on the run's devices."""
   return loader.train_batches(
     run.inputs.data.train,
     batch_size=run.config.train.batch_size,
@@ -158,12 +172,12 @@ def train_batches(run: BuiltRun, start: int = 0) -> Iterator[Batch]:
 
 
 def _due_after(step: int, run: BuiltRun) -> set[str]:
-  """Returns what is due after a step, of "eval", "save" and "sample"."""
+  """Return which of "eval", "save" and "sample" are due after a step."""
   train = run.config.train
   rows = len(run.inputs.data.train)
   intervals = {"eval": train.eval_every, "save": train.save_every, "sample": train.sample_every}
   due = {what for what, every in intervals.items() if due_at(every, step, rows, train.batch_size)}
-  if step == run.inputs.total_steps:  # what is exported is sampled, after the loop
+  if step == run.inputs.total_steps:  # the exported weights are sampled after the loop
     due = (due | {"eval", "save"}) - {"sample"}
   if "eval" in due and train.keep_best_metric:
     due.add("save")

@@ -1,11 +1,18 @@
-"""Weights, gradients and optimizer state in host memory; a layer is on the device while in use.
+"""Offload: weights, gradients and optimizer state stream from host memory.
 
-"all" walks the layers forward and backward by hand: autodiff through weights on the host would
-hold the gradients of all layers on the device. Each layer is fetched once forward and once backward
-for all accumulation steps together, so that what travels does not grow with the batch. "optimizer"
-has a copy of the weights on the device, in the compute dtype, made anew each step.
+`memory.offload` has two modes:
 
-A accumulation steps, B rows at once, T tokens a row, L layers, D model
+- "optimizer": float32 weights and optimizer state are on the host. Each step copies the weights to
+  the device in the compute dtype, and runs the usual forward and backward pass on this copy.
+- "all": the gradient is on the host too, and the device holds one layer at a time. The forward and
+  backward pass are written by hand (`make_streamed_grad_fn`), because autodiff through weights on
+  the host would hold the gradients of all layers on the device. Each layer is fetched once for the
+  forward and once for the backward pass of all accumulation steps together. The traffic therefore
+  does not grow with the batch.
+
+The update reads a chunk of a leaf, updates it and writes it back (`make_streamed_update_fn`).
+
+A accumulation steps, B rows of a micro-batch, T tokens per row, L layers, D model width
 """
 
 import functools
@@ -34,38 +41,39 @@ from jaxft.training.trainable import ParamPath, Trained, combine, make_layer_mas
 from jaxft.utils.types import Params, PyTree
 
 ApplyLayerFn: TypeAlias = Callable[[Params, jax.Array, jax.Array], jax.Array]  # (blocks, x, index)
-TABLE_CHUNK_BYTES = 2**26  # bytes of a table that are updated at once
+TABLE_CHUNK_BYTES = 2**26  # most bytes of a table that are updated at a time, in float32
 
 
 def validate_offload(platform: str, shapes: PyTree, mode: str) -> list[str]:
-  """Returns one line where the compiler is known to fail on such a state in host memory.
+  """Return an error line if libtpu would abort on this state on the host, else [].
 
   Args:
-    shapes: of the state; where they have shardings, a device's shards count.
+    platform: "cpu", "gpu" or "tpu".
+    shapes: shapes of the state. If they have shardings, the shards of a device are checked.
     mode: `memory.offload`.
   """
   if mode == "none" or platform != "tpu":
     return []
   for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
     shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
-    # libtpu (0.0.42.1) has other shapes in another order in host memory than it copies them in.
+    # For other shapes, libtpu (0.0.42.1) uses one layout in host memory and copies in another.
     if is_offloaded(leaf) and (shape[-1] % 128 or len(shape) > 2 and shape[-2] % 8):
       return [
-        f"config.memory.offload={mode}: on a TPU not for this model, optimizer or adapter: libtpu "
-        "aborts on shapes whose last two sizes are no multiples of 8 and 128, as of "
-        f"{jax.tree_util.keystr(path)}, {shape}; all of GPT-J with adamw, lion or sgd has none; "
-        "more chips (config.mesh.fsdp) hold others without offload"
+        f"config.memory.offload={mode}: on a TPU this model, optimizer or adapter cannot be "
+        "offloaded. libtpu aborts unless the last two sizes of a shape are multiples of 8 and 128; "
+        f"{jax.tree_util.keystr(path)} is {shape}. Full fine-tuning of GPT-J with adamw, lion or "
+        "sgd works; for other models, use more chips (config.mesh.fsdp) without offload"
       ]
   return []
 
 
 def is_offloaded(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-  """Whether a leaf goes to the host: vectors and scalars are too small to bother."""
+  """Return whether a leaf is offloaded: vectors and scalars are too small."""
   return leaf.ndim > 1
 
 
 def with_host_memory(shapes: PyTree) -> PyTree:
-  """The shapes, with shardings in host memory for what is offloaded."""
+  """Return the shapes, with shardings in host memory for offloaded leaves."""
 
   def pin(leaf):
     if not is_offloaded(leaf):
@@ -76,9 +84,9 @@ def with_host_memory(shapes: PyTree) -> PyTree:
 
 
 def to_device(tree: PyTree) -> PyTree:
-  """Moves a tree to the device; what is on it already stays."""
+  """Move a tree to the device; leaves that are there already stay."""
 
-  # In the host's layout, row after row: libtpu (0.0.42.1) aborts where the layout is to change.
+  # Keep the host's row-major layout: libtpu (0.0.42.1) aborts if a copy has to change the layout.
   def row_major(x):
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
@@ -90,17 +98,17 @@ def to_device(tree: PyTree) -> PyTree:
 
 
 def to_host(x: jax.Array) -> jax.Array:
-  """Moves an array to the host."""
+  """Move an array to the host."""
   return jax.device_put(x, jax.memory.Space.Host)
 
 
 def tree_to_host(tree: PyTree) -> PyTree:
-  """Moves whole leaves to the host, those that are offloaded."""
+  """Move the leaves that are offloaded to the host."""
   return jax.tree.map(lambda leaf: to_host(leaf) if is_offloaded(leaf) else leaf, tree)
 
 
 def host_mask(state: TrainState, mode: str) -> TrainState:
-  """Says for each leaf of the state, or of its shapes, whether it is in host memory."""
+  """Return for each leaf of the state (or its shapes) whether it is on the host."""
 
   def mask(tree, on):
     return jax.tree.map(lambda leaf: on and is_offloaded(leaf), tree)
@@ -114,7 +122,7 @@ def host_mask(state: TrainState, mode: str) -> TrainState:
 
 
 def state_with_host_memory(state: TrainState, mode: str) -> TrainState:
-  """The state's shapes, with shardings in host memory for what this `memory.offload` has there."""
+  """Return the state's shapes, with host memory shardings as `mode` needs."""
   pin = lambda leaf, on_host: with_host_memory(leaf) if on_host else leaf
   return jax.tree.map(pin, state, host_mask(state, mode))
 
@@ -122,10 +130,14 @@ def state_with_host_memory(state: TrainState, mode: str) -> TrainState:
 def mark_host_inputs(
   step: Callable[[PyTree, Batch], PyTree], mask: PyTree
 ) -> Callable[[PyTree, Batch], PyTree]:
-  """Wraps `step` so that XLA knows which leaves of its first argument are on the host.
+  """Wrap `step` so that XLA knows which leaves of its state are on the host.
 
-  The shardings of a GPU that does not exist have no memory kind, and the program would not know
-  (jax 0.10 to 0.12).
+  When `jaxft.plan` compiles for a GPU that is not present, shardings have no memory kind, and the
+  program alone would not show it (jax 0.10 to 0.12).
+
+  Args:
+    step: function of (tree, batch).
+    mask: tree of bools: whether a leaf is on the host.
   """
   if not any(jax.tree.leaves(mask)):
     return step
@@ -137,7 +149,7 @@ def mark_host_inputs(
 
 
 def fetch_layer(stack: PyTree, index: jax.Array) -> PyTree:
-  """Fetches one layer of stacked leaves."""
+  """Copy one layer of stacked leaves to the device, without the layer axis."""
   layer = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
   return to_device(jax.tree.map(layer, stack))
 
@@ -145,7 +157,19 @@ def fetch_layer(stack: PyTree, index: jax.Array) -> PyTree:
 def make_streamed_grad_fn(
   graph: nnx.GraphDef[Decoder], *, loss_chunk: int, seed: int, remat: str, trained: Trained = ()
 ) -> GradFn:
-  """Makes `train_step.make_grad_fn`'s function for weights on the host, and the gradient too."""
+  """Make a `train_step.GradFn` for weights and gradients on the host.
+
+  It computes the loss and gradients of `train_step.make_grad_fn` in four stages: embedding, layers
+  forward, output head with its gradient, layers backward. All A micro-batches pass a layer while it
+  is on the device, which is why activations have the axes (A, B, T, D) here.
+
+  Args:
+    graph: the model's graph definition.
+    loss_chunk: positions of a row whose logits are computed at a time; 0: all.
+    seed: of the dropout.
+    remat: `memory.remat`.
+    trained: `ModelConfig.trained`.
+  """
   mask_frozen_layers = make_layer_mask(trained)
 
   def grad_fn(state: TrainState, batch: Batch) -> tuple[jax.Array, Params, jax.Array]:
@@ -160,7 +184,8 @@ def make_streamed_grad_fn(
     embedded, embed_vjp = _embed(graph, params, ids, positions, embed_keys_AB)
     layer_info = model.layer_info()
 
-    # Parts of the model with weights that are on the device; all others stay on the host.
+    # The functions below run parts of the model with weights that their caller has fetched. They
+    # replace only these weights in `params`; all others stay on the host, unread.
     def apply_layer(blocks, x, index):
       block = nnx.merge(graph, params | {"blocks": blocks}).blocks
       info = layer_info.at(index)
@@ -194,7 +219,7 @@ def make_streamed_grad_fn(
 def _dropout_keys(
   cfg: ModelConfig, seed: int, step: jax.Array, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
-  """Makes the keys the model itself would: for its embedding (A, B), for its layers (L, A, B)."""
+  """Make the model's dropout keys: (A, B) for the embedding, (L, A, B) for layers."""
   key = jax.random.fold_in(jax.random.key(seed), step)
   keys_AB = per_row_keys(key, 0, math.prod(shape)).reshape(shape)
   if not any((cfg.embed_dropout, cfg.attention_dropout, cfg.residual_dropout, cfg.lora_dropout)):
@@ -210,14 +235,15 @@ def _dropout_keys(
 def _embed(
   graph: nnx.GraphDef[Decoder], params: Params, ids: jax.Array, positions, keys_AB
 ) -> tuple[jax.Array, Callable]:
-  """Returns the input of the first layer, (A, B, T, D), and its VJP.
+  """Return the input of the first layer, (A, B, T, D), and its VJP.
 
-  The VJP gives the gradient of the embedding's parameters but its table, and of the rows of that.
+  The VJP returns two gradients: of the embedding's parameters except its table, and of the table's
+  rows that were read.
   """
   embed = to_device(params["embed"])
   other = {name: leaf for name, leaf in embed.items() if name != "tokens"}
-  # Outside of the function that is differentiated: the gradient of the rows is added to the
-  # table's at the end, and no second table exists.
+  # The lookup is outside the differentiated function. `_embed_grads` adds the gradient of the rows
+  # to the table's gradient at the end, so that no second (V, D) table is needed.
   embed_tokens = nnx.merge(graph, params | {"embed": embed}).embed_tokens
   embeds = _map_micro_batches(embed_tokens, ids)
 
@@ -231,9 +257,9 @@ def _embed(
 def _forward_layers(
   apply_layer: ApplyLayerFn, params: Params, x: jax.Array, layers: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the output of the last layer, and the inputs of all, (L, A, B, T, D).
+  """Return the last layer's output, and the inputs of all, (L, A, B, T, D).
 
-  Nothing else is saved: the backward pass computes a layer again from its input, as with remat.
+  Nothing else is saved: the backward pass computes each layer again from its input, as with remat.
   """
 
   def forward(x, index):
@@ -245,8 +271,11 @@ def _forward_layers(
 def _head_grads(
   loss_fn: Callable, cfg: ModelConfig, state: TrainState, x: jax.Array, batch: Batch
 ) -> tuple[jax.Array, Params, jax.Array]:
-  """Returns the loss, and its gradient by the head's parameters and by the last hidden states."""
-  # A tied head is the table of the embedding; a classifier has an output of its own.
+  """Return the loss, and its gradients for the head and the last hidden states.
+
+  Micro-batches are processed one at a time, and their gradients of the head are added up.
+  """
+  # A tied head is the embedding table. A classifier has a separate output, even if `cfg.tied`.
   uses_table = cfg.tied and not cfg.classes
   names = ("norm", "output", "embed") if uses_table else ("norm", "output")
 
@@ -274,10 +303,11 @@ def _backward_layers(
   inputs: jax.Array,
   layers: jax.Array,
 ) -> tuple[jax.Array, Params]:
-  """Returns the gradient of the first layer's input, and that of all layers' parameters.
+  """Return the gradients of the first layer's input and of all layers.
 
-  From the last layer to the first, each is fetched again. Its gradient, of all micro-batches, goes
-  to the host as it is made: the device has one layer's, never all.
+  Each layer is fetched again, from the last to the first. Its gradient, summed over all
+  micro-batches, is sent to the host immediately, so that the device holds one layer's gradient at
+  most.
   """
 
   def backward(dx, xs):
@@ -287,7 +317,8 @@ def _backward_layers(
       return fetch_layer({"blocks": tree.get("blocks", {})}, index)
 
     frozen, params = map(fetch, (state.frozen, state.params))
-    # In float32, as the gradients of the accumulation steps are added up in the dtype of these.
+    # The VJP adds up the gradients of the micro-batches in the dtype of its parameters, so they are
+    # cast to float32.
     params_f32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     _, vjp = jax.vjp(
       lambda params, x: apply_layer(combine(params, frozen)["blocks"], x, index), params_f32, x
@@ -305,10 +336,15 @@ def _backward_layers(
 def _embed_grads(
   model: Decoder, state: TrainState, ids: jax.Array, d_head: Params, d_other: Params, d_embeds
 ) -> Params:
-  """Returns the gradient of the embedding: that of its rows is added to what a tied head has left.
+  """Return the gradient of the embedding, with the share of a tied head.
 
   Args:
-    d_other, d_embeds: of its parameters but the table, and of the rows, by the VJP of `_embed`.
+    model: the model, for its embedding.
+    state: the train state, for shapes and for the names of trained parameters.
+    ids: (A, B, T) token ids.
+    d_head: gradient of the head; with a tied head, it has the table's gradient.
+    d_other: gradient of the parameters except the table, from the VJP of `_embed`.
+    d_embeds: gradient of the rows that were read, from the VJP of `_embed`.
   """
   if "tokens" in d_head.get("embed", {}):
     d_tokens = to_device(d_head["embed"]["tokens"])
@@ -321,26 +357,27 @@ def _embed_grads(
 
 
 def _map_micro_batches(f: Callable, xs: PyTree) -> jax.Array:
-  """Maps `f` over the accumulation steps, one after the other."""
+  """Map `f` over the accumulation steps, one at a time."""
   if jax.tree.leaves(xs)[0].shape[0] == 1:
     return f(jax.tree.map(lambda x: x[0], xs))[None]
   return jax.lax.map(f, xs)
 
 
 def make_fetch_params(dtype: jnp.dtype, shardings: PyTree) -> Callable[[Params], Params]:
-  """Makes a function that copies weights on the host to the device, a layer at a time.
+  """Make a function that copies weights to the device, a layer at a time.
 
-  Matrices of layers are in the compute dtype, and so are their gradients; what all layers share
-  stays in float32, as its gradient is a sum of several.
+  Matrices of layers are copied in the compute dtype, and their gradients have it too. Parameters
+  that all layers share stay in float32, because their gradient is a sum of several.
 
   Args:
+    dtype: the compute dtype.
     shardings: on the device, for every parameter.
   """
 
   def copy(path, leaf, sharding):
     if not optimizer.is_stacked(path):
       return to_device(leaf)
-    # Cast before the layers are stacked: the device never has all of them in float32.
+    # Cast each layer before they are stacked, so that the device never holds all in float32.
     to = optimizer.param_dtype(path, leaf, dtype)
 
     def fetch(index):
@@ -353,11 +390,11 @@ def make_fetch_params(dtype: jnp.dtype, shardings: PyTree) -> Callable[[Params],
 
 
 def make_streamed_stats(grad_shardings: PyTree) -> GradStatsFn:
-  """Makes `train_step.make_grad_stats`'s function for a gradient on the host, read in chunks.
+  """Make a `train_step.GradStatsFn` for gradients on the host.
 
-  It does not check the state: 12 more bytes a parameter over the bus. A NaN among the weights shows
-  in the loss, among the moments in the weights after them, and a checkpoint of either is refused
-  (`CheckpointManager.save`).
+  It reads the gradients in chunks and does not check the state, which would move 12 more bytes per
+  parameter over the bus. A NaN in a weight reaches the loss, a NaN in a moment reaches a weight one
+  step later, and neither is ever saved (`CheckpointManager.save`).
 
   Args:
     grad_shardings: a sharding for every leaf of the gradient.
@@ -373,7 +410,7 @@ def make_streamed_stats(grad_shardings: PyTree) -> GradStatsFn:
 
     zeros = (jnp.float32(0), jnp.float32(0))
     squares, max_abs = jax.lax.fori_loop(0, chunks.num_chunks, add, zeros)
-    # A replica adds nothing to the norm; NaN and infinity are the maximum wherever they are.
+    # Replicas must not count twice in the norm. The maximum is NaN or infinity if any element is.
     return jnp.stack([jnp.where(shard.is_primary, squares, 0), max_abs])
 
   map_shards = per_device.map_shards(jax.tree.leaves(grad_shardings), shard_stats)
@@ -390,12 +427,14 @@ def make_streamed_stats(grad_shardings: PyTree) -> GradStatsFn:
 def make_streamed_update_fn(
   config: OptimSection, shardings: PyTree, trained: Trained = ()
 ) -> UpdateFn:
-  """Makes `train_step.make_update_fn`'s function for a state on the host, updated in place.
+  """Make a `train_step.UpdateFn` for a state on the host.
 
-  It updates a layer of each leaf, or some rows of a table, after the other.
+  It updates each leaf in place, a chunk at a time: one layer, or some rows of a table.
 
   Args:
+    config: the settings of the optimizer.
     shardings: for every parameter.
+    trained: `ModelConfig.trained`.
   """
   mask_frozen_layers = make_layer_mask(trained)
 
@@ -404,12 +443,13 @@ def make_streamed_update_fn(
     num_shards = param.shape[0] // sharding.shard_shape(param.shape)[0]
     chunks = LeafChunks.of(path, param, num_shards)
 
-    # Others, such as step counts, are the same for all chunks.
+    # Moments have the leading axis of the parameter. Other leaves, such as step counts, are shared
+    # by all chunks.
     def is_chunked(leaf):
       return leaf.shape[:1] == param.shape[:1]
 
     if any(leaf.ndim and not is_chunked(leaf) for leaf in jax.tree.leaves(opt_state)):
-      chunks = chunks._replace(num_chunks=1)  # an optimizer that measures over the whole table
+      chunks = chunks._replace(num_chunks=1)  # the optimizer needs the whole table (Adafactor)
 
     def read(leaf, i):
       return to_device(chunks.read(leaf, i) if is_chunked(leaf) else leaf)
@@ -422,7 +462,8 @@ def make_streamed_update_fn(
       param, new_state = carry
       p = read(param, i).astype(jnp.float32)
 
-      # What all chunks share is read as it was before the step: a count is increased once.
+      # Shared leaves are read from the old state in every chunk, so that a count grows once per
+      # step and not once per chunk.
       def read_old(new, old):
         return read(new if is_chunked(new) else old, i)
 
@@ -433,7 +474,7 @@ def make_streamed_update_fn(
       p = stochastic_round(p - learning_rate * update, param.dtype, jax.random.fold_in(key, i))
       return write(param, p, i), jax.tree.map(lambda x, y: write(x, y, i), new_state, s)
 
-    # No turn where the step is skipped; a loop writes over the state where it lies.
+    # A skipped step runs no iteration. XLA updates the carry of a loop in place, without a copy.
     num_turns = jnp.where(is_finite, chunks.num_chunks, 0)
     return jax.lax.fori_loop(0, num_turns, body, (param, opt_state))
 
@@ -447,7 +488,7 @@ def make_streamed_update_fn(
 
 
 class HostTraffic(NamedTuple):
-  """Bytes that a step moves between host and device; they do not grow with the batch."""
+  """Bytes per device that a step moves between host and device, for any batch size."""
 
   to_device: int
   to_host: int
@@ -461,51 +502,58 @@ def host_traffic(
   tied: bool,
   nbytes: Callable[[PyTree], int],
 ) -> HostTraffic:
-  """What a step with this `memory.offload` moves.
+  """Return the bytes that a step moves between host and device.
 
   Args:
-    params, opt_state, frozen: shapes of trained weights, optimizer state, and other weights.
-    nbytes: of a tree, on one device.
+    mode: `memory.offload`.
+    params: shapes of the trained weights.
+    opt_state: shapes of the optimizer state.
+    frozen: shapes of the frozen weights.
+    tied: whether the output head is the embedding table.
+    nbytes: returns the bytes of a tree on one device.
   """
   weights = nbytes(params)
   moments = nbytes(opt_state)
   if mode == "none":
     return HostTraffic(0, 0)
-  if mode == "optimizer":  # the copy, then the update
+  if mode == "optimizer":  # weights for the copy, then weights and moments for the update
     return HostTraffic(2 * weights + moments, weights + moments)
   layers = sum(nbytes(tree.get("blocks", {})) for tree in (params, frozen))
   tied_trained, tied_frozen = (
     nbytes(tree.get("embed", {})) if tied else 0 for tree in (params, frozen)
   )
-  # Layers forward and backward, all else once, what is tied twice, with its gradient; the gradient
-  # for its norm; the update.
+  # To the device, for the gradient: layers twice (forward and backward), other weights once, a tied
+  # table twice and its gradient once. Then the gradient for its norm, and gradient, weights and
+  # moments for the update.
   fetched = weights + nbytes(frozen) + layers + 2 * tied_trained + tied_frozen
   fetched += weights + (2 * weights + moments)
   return HostTraffic(fetched, weights + tied_trained + weights + moments)
 
 
 class LeafChunks(NamedTuple):
-  """How a leaf is split along its first axis into chunks, on the device one after the other."""
+  """How a leaf is split along its first axis into chunks, updated one at a time."""
 
-  by_layer: bool  # a chunk is a layer, without that axis; otherwise some rows of each device's
+  by_layer: bool  # True: a chunk is a layer, without the layer axis; False: rows of each device
   num_chunks: int
-  num_devices: int = 1  # that share the rows
+  num_devices: int = 1  # devices that the rows are split over
 
   @classmethod
   def of(cls, path: ParamPath, leaf: jax.Array, num_devices: int) -> "LeafChunks":
+    """Split a leaf by layer if it is stacked, else by rows."""
     if optimizer.is_stacked(path):
       return cls(True, leaf.shape[0])
     return cls.of_rows(leaf, num_devices)
 
   @classmethod
   def of_rows(cls, leaf: jax.Array, num_devices: int = 1) -> "LeafChunks":
-    """The fewest chunks of equal size of at most `TABLE_CHUNK_BYTES` in float32."""
+    """Split rows into the fewest equal chunks of at most `TABLE_CHUNK_BYTES`."""
     rows = leaf.shape[0] // num_devices
     least = min(leaf.size * 4 / num_devices / TABLE_CHUNK_BYTES, rows)
     num_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and n >= least)
     return cls(False, num_chunks, num_devices)
 
   def read(self, x: jax.Array, i: jax.Array) -> jax.Array:
+    """Return chunk i of x: a layer, (devices, rows of each, ...), or all of x."""
     if self.by_layer:
       return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
     if self.num_chunks == 1:
@@ -514,6 +562,7 @@ class LeafChunks(NamedTuple):
     return jax.lax.dynamic_slice_in_dim(self._by_device(x), i * rows, rows, 1)
 
   def write(self, x: jax.Array, new: jax.Array, i: jax.Array) -> jax.Array:
+    """Return x with chunk i replaced by `new`, which has the shape from `read`."""
     if self.by_layer:
       return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
     if self.num_chunks == 1:
@@ -522,5 +571,8 @@ class LeafChunks(NamedTuple):
     return jax.lax.dynamic_update_slice_in_dim(rows, new, i * new.shape[1], 1).reshape(x.shape)
 
   def _by_device(self, x: jax.Array) -> jax.Array:
-    """(rows, ...) -> (devices, rows of each, ...), as a slice of all rows would need a gather."""
+    """Reshape (rows, ...) to (devices, rows of each, ...).
+
+    A slice over all rows would belong to some devices only, and would need a gather.
+    """
     return x.reshape(self.num_devices, -1, *x.shape[1:])

@@ -12,17 +12,18 @@ from jaxft.config import OptimSection
 from jaxft.training.trainable import ParamPath, Trained, param_name
 from jaxft.utils.types import Params, PyTree
 
-# The last key of a parameter's path says what it is; a new name must be added here before it can be
-# trained.
+# The last key of a parameter's path decides whether it decays. A new name must be added here before
+# it can be trained.
 DECAYED = {"kernel", "tokens", "positions", "score", "lora_a", "lora_b"}
 NOT_DECAYED = {"bias", "scale"}
 
 
 def warmup_steps(optim: OptimSection, total_steps: int) -> int:
-  """Warm-up steps of a run: the setting, or a tenth of all steps where it is more than all.
+  """Return the number of warm-up steps of a run.
 
-  Without the setting, `warmup_ratio` of all steps, rounded up as transformers does; the tenth is
-  rounded down, as the first step of a warm-up has a rate of 0.
+  This is `optim.warmup_steps`, or a tenth of all steps if the setting is more than all steps. If it
+  is 0, the result is `optim.warmup_ratio` of all steps, rounded up as in transformers. The tenth is
+  rounded down, because the first step of a warm-up has a learning rate of 0.
   """
   if optim.warmup_steps > total_steps:
     return total_steps // 10
@@ -30,9 +31,9 @@ def warmup_steps(optim: OptimSection, total_steps: int) -> int:
 
 
 def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
-  """Makes the learning rate: a linear warm-up from 0, then constant, linear or cosine.
+  """Make the schedule: linear warm-up from 0, then constant, linear or cosine.
 
-  The same course as transformers' `get_*_schedule_with_warmup`, with an end that may be above 0.
+  It equals transformers' `get_*_schedule_with_warmup`, except that the end may be above 0.
   """
   peak, end = optim.learning_rate, optim.end_learning_rate
   warmup = warmup_steps(optim, total_steps)
@@ -48,16 +49,17 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
-  """Makes clipped gradients into updates, of which the step subtracts learning rate times update.
+  """Make the optimizer: clipped gradients to updates, without learning rate.
 
-  Each leaf has a state of its own, and so has each layer in a leaf that stacks them: a layer can be
-  updated alone, and what an optimizer measures over a whole matrix (Adafactor) it measures over
-  that of one layer. The learning rate is no part of it, because it follows the step of the run,
-  also over steps that were skipped.
+  The train step subtracts learning rate x update. The learning rate is not part of the optimizer
+  because it follows the step of the run, which also counts skipped steps.
+
+  Each leaf has a separate state, and so has each layer of a stacked leaf. A layer can therefore be
+  updated alone (`offload`), and statistics over a whole matrix (Adafactor) are per layer.
   """
 
   def init(params: optax.Params) -> optax.OptState:
-    # In float32, whatever the parameters are in: moments follow `optim.state_dtype` alone.
+    # Cast to float32, so that the dtype of moments depends on `optim.state_dtype` only.
     def init_leaf(path, p):
       return _map_over_layers(optim, path).init(p.astype(jnp.float32))
 
@@ -75,20 +77,20 @@ def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
 
 
 def unzip(like: PyTree, pairs: PyTree) -> tuple[PyTree, PyTree]:
-  """Makes two trees like `like` of one that has a pair at each of its leaves."""
+  """Split a tree with a pair at each leaf of `like` into two trees like `like`."""
   first, second = (jax.tree.map(lambda _, pair, i=i: pair[i], like, pairs) for i in (0, 1))
   return first, second
 
 
 def make_leaf_optimizer(optim: OptimSection, path: ParamPath) -> optax.GradientTransformation:
-  """Makes the optimizer of the leaf at this path, or of one layer of it."""
+  """Make the optimizer of the leaf at this path, or of one of its layers."""
   dtype = jnp.dtype(optim.state_dtype)
   adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=dtype)
   scale = {
     "adamw": adam,
     "muon": _muon(optim) if is_stacked(path) and path[-1].key == "kernel" else adam,
     "lion": optax.scale_by_lion(optim.b1, optim.b2, mu_dtype=dtype),
-    # Adafactor (arXiv:1804.04235) without its own learning rate: factored second moment, then
+    # Adafactor (arXiv:1804.04235) without its relative learning rate: factored second moment, then
     # clipping by block.
     "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     "sgd": optax.trace(optim.b1, accumulator_dtype=dtype),
@@ -98,8 +100,8 @@ def make_leaf_optimizer(optim: OptimSection, path: ParamPath) -> optax.GradientT
   return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay))
 
 
-# For the kernel of a layer, by its number of axes: (D, F) or (F, D), (N, H, D), and (D, 3, N, H),
-# whose queries, keys and values are three matrices.
+# Which axes of a layer's kernel are rows and columns, by its number of axes: (D, F) or (F, D);
+# (N, H, D); and (D, 3, N, H), in which queries, keys and values are three matrices.
 MUON_AXES = {
   2: optax.contrib.MuonDimensionNumbers(0, 1),
   3: optax.contrib.MuonDimensionNumbers((0, 1), 2),
@@ -108,9 +110,9 @@ MUON_AXES = {
 
 
 def _muon(optim: OptimSection) -> optax.GradientTransformation:
-  """Muon (Jordan et al., 2024) for one matrix: its momentum, made orthogonal.
+  """Make Muon (Jordan et al., 2024) for one matrix: orthogonalized momentum.
 
-  Scaled as in arXiv:2502.16982, so that a learning rate for AdamW is one for it too.
+  It is scaled as in arXiv:2502.16982, so that a learning rate for AdamW also suits Muon.
   """
   dtype = jnp.dtype(optim.state_dtype)
 
@@ -118,7 +120,8 @@ def _muon(optim: OptimSection) -> optax.GradientTransformation:
     axes = MUON_AXES[x.ndim]
     return optax.contrib.scale_by_muon(beta=optim.b1, mu_dtype=dtype, weight_dimension_numbers=axes)
 
-  # optax has the coefficients of its iteration in the state too: constants, left out here.
+  # optax's state also has the coefficients of its Newton-Schulz iteration. They are constants, so
+  # they are left out here, and are not in checkpoints.
   def init(params: PyTree) -> PyTree:
     state = muon_of(params).init(params)
     assert isinstance(state, optax.contrib.MuonState)
@@ -141,20 +144,22 @@ def _muon(optim: OptimSection) -> optax.GradientTransformation:
 def param_dtype(
   path: ParamPath, leaf: jax.Array | jax.ShapeDtypeStruct, dtype: jnp.dtype
 ) -> jnp.dtype:
-  """The dtype of the parameter at this path, where matrices of layers are to be in `dtype`.
+  """Return the dtype of the parameter at `path` if layer matrices use `dtype`.
 
-  What all layers share stays as it is, as its gradient is a sum of several; adapters stay too,
-  which are small.
+  Parameters that all layers share keep their dtype, because their gradient is a sum of several.
+  Adapters keep theirs too, because they are small.
   """
   return dtype if is_stacked(path) and path[-1].key == "kernel" else leaf.dtype
 
 
 def with_param_dtype(dtype: jax.typing.DTypeLike, shapes: Params, trained: Trained = ()) -> Params:
-  """Shapes of parameters with the matrices of layers in `dtype`.
+  """Return the shapes of parameters, with matrices of layers in `dtype`.
 
   Args:
-    trained: `ModelConfig.trained`; matrices of which some layers are frozen stay as they are, so
-      that those layers do not change.
+    dtype: of the matrices of layers.
+    shapes: shapes of the parameters.
+    trained: `ModelConfig.trained`. Matrices with some frozen layers keep their dtype, because a
+      cast would change the frozen layers.
   """
   partly_frozen = {name for name, layers in trained if layers}
 
@@ -171,8 +176,8 @@ def _map_over_layers(optim: OptimSection, path: ParamPath) -> optax.GradientTran
   if not is_stacked(path):
     return tx
 
-  # Muon needs a layer's matrix whole. One layer after the other: all at once, a device would have
-  # all layers of it.
+  # Muon needs the whole, unsharded matrix of a layer. Layers are updated one at a time: with vmap a
+  # device would gather all of them at the same time.
   def scan_layers(updates, state, params=None):
     return jax.lax.map(lambda layer: tx.update(*layer), (updates, state, params))
 
@@ -181,12 +186,18 @@ def _map_over_layers(optim: OptimSection, path: ParamPath) -> optax.GradientTran
 
 
 def is_stacked(path: ParamPath) -> bool:
-  """Whether the leaf at this path has a leading axis of layers."""
+  """Return whether the leaf at this path has a leading axis of layers."""
   return path[0].key == "blocks"
 
 
 def has_weight_decay(path: ParamPath) -> bool:
-  """The weight decay mask: matrices and embeddings, not biases and norms; KeyError for others."""
+  """Return whether the leaf at this path decays: matrices and embeddings do.
+
+  Biases and norms do not.
+
+  Raises:
+    KeyError: the name of the parameter is not known.
+  """
   name = path[-1].key
   if name not in DECAYED | NOT_DECAYED:
     raise KeyError(f"{jax.tree_util.keystr(path)}: neither in DECAYED nor in NOT_DECAYED")

@@ -1,4 +1,4 @@
-"""PreemptionHandler: the first signal asks a run to stop, the second ends the process."""
+"""Signals: the first asks a run to stop, the second kills the process."""
 
 import os
 import signal
@@ -15,11 +15,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class PreemptionHandler:
-  """A context in which a first signal ends the run at the next safe point, a second the process.
+  """A context in which the first signal stops the run, and a second kills it.
 
-  Where nothing would be lost it is safe at once: Preempted is raised out of whatever goes on.
-  Inside `with preemption.deferred():` the signal is only remembered, for `should_stop(step)` to
-  find. A terminal that goes away sends SIGHUP more than once: the kernel does, and the shell.
+  By default any point is safe, and the handler raises Preempted in the main thread. Inside
+  `with preemption.deferred():` it only records the signal, and `should_stop(step)` reports it.
+
+  Repeated SIGHUPs count as one: a closed terminal sends several, from the kernel and the shell.
+  With several processes, signals are forwarded to JAX, which finds a step at which all can stop.
   """
 
   def __init__(self):
@@ -30,14 +32,14 @@ class PreemptionHandler:
     is_multi_process = jax.process_count() > 1
     on_signal = self._forward if is_multi_process else self._on_signal
     handlers = dict.fromkeys(SIGNALS, on_signal)
-    if is_multi_process:  # JAX listens for SIGTERM, and finds a step at which all processes stop
+    if is_multi_process:  # JAX handles SIGTERM and finds a common step to stop at
       del handlers[signal.SIGTERM]
     try:
-      # nohup ignores SIGHUP: the run is to outlive its terminal.
+      # Under nohup SIGHUP is ignored: the run must outlive its terminal.
       if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         del handlers[signal.SIGHUP]
       self._previous = {number: signal.signal(number, it) for number, it in handlers.items()}
-    except ValueError:  # not the main thread (a notebook's worker, say): its handlers stay
+    except ValueError:  # not the main thread (a notebook's worker, for example): keep its handlers
       self._previous = {}
     return self
 
@@ -47,6 +49,7 @@ class PreemptionHandler:
 
   @contextmanager
   def deferred(self) -> Generator[None]:
+    """Only record signals inside this context; the caller polls `should_stop`."""
     self._deferred = True
     try:
       yield
@@ -54,33 +57,35 @@ class PreemptionHandler:
       self._deferred = False
 
   def defer(self) -> None:
-    """Only remembers signals from now on."""
+    """Only record signals from now on."""
     self._deferred = True
 
   def should_stop(self, step: int) -> bool:
-    """Whether the run is to stop after this step: the same answer in all processes."""
+    """Return whether the run must stop after this step, the same in all processes."""
     if jax.process_count() == 1:
       return self.received is not None
     if not multihost_utils.reached_preemption_sync_point(step):
-      return False  # this process may know of a signal that the others have not received
+      return False  # this process may have a signal that the others have not received yet
     self.received = self.received or "SIGTERM"
     return True
 
   def _is_repeated(self, number: int) -> bool:
-    """Whether this is not the first signal; a second one, but for SIGHUP, ends the process."""
+    """Return whether a signal came before; then kill the process, except on SIGHUP."""
     if self.received and number != signal.SIGHUP:
       signal.signal(number, signal.SIG_DFL)
       os.kill(os.getpid(), number)
     return self.received is not None
 
   def _on_signal(self, number: int, _: FrameType | None) -> None:
+    """Handle a signal of a single-process run."""
     if self._is_repeated(number):
       return
     self.received = signal.Signals(number).name
     if not self._deferred:
-      raise Preempted(f"{self.received}: nothing was lost; the same command continues")
+      raise Preempted(f"{self.received}: no work was lost; the same command continues")
 
   def _forward(self, number: int, _: FrameType | None) -> None:
+    """Handle a signal of a multi-process run: send SIGTERM, which JAX handles."""
     if self._is_repeated(number):
       return
     self.received = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""A trace of some steps, by JAX's own profiler: what the devices did, and when they waited."""
+"""Profiles of some steps by JAX: when devices compute and when they wait."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,11 +12,11 @@ from jaxft.utils.types import PyTree
 
 
 class Profiler:
-  """A context that traces `count` steps from `first` on, or up to the last, into a folder.
+  """A context that traces `count` steps from `first` on, at most up to `total`.
 
-  The device is done with what was before when a trace begins, and with the last step when it ends:
-  it holds these steps and nothing of others. `paused` stops the clock of the run while a trace is
-  begun or written, which takes seconds. A trace that cannot be made costs a line, not the run.
+  Before a trace begins and before it ends, the profiler waits for the device. The trace then holds
+  these steps and no others. Starting and writing a trace takes seconds, during which `paused` stops
+  the clock of the run. If a trace cannot be made, this is logged and the run continues.
   """
 
   def __init__(
@@ -34,8 +34,8 @@ class Profiler:
     self._paused = paused
     self._is_tracing = False
     if count and first > total:
-      last = f"and the last of the run is {total}"
-      log(f"nothing is traced: the first step that would be is {first}, {last}")
+      last = f"and the run ends at step {total}"
+      log(f"no step is traced: tracing would begin at step {first}, {last}")
 
   def __enter__(self) -> "Profiler":
     return self
@@ -45,12 +45,13 @@ class Profiler:
       self._stop()
 
   def on_step_begin(self, step: int, metrics: PyTree) -> None:
-    """`metrics`: of the step before it."""
+    """Start the trace if it begins here; `metrics` are those of the step before."""
     if self._first == step <= self._last:
       jax.block_until_ready(metrics)
       self._is_tracing = self._try(lambda: jax.profiler.start_trace(self._folder))
 
   def on_step_end(self, step: int, metrics: PyTree) -> None:
+    """Write the trace if it ends with this step, once its `metrics` are ready."""
     if self._is_tracing and step == self._last:
       jax.block_until_ready(metrics)
       self._stop()
@@ -59,13 +60,13 @@ class Profiler:
     self._is_tracing = False
     if self._try(jax.profiler.stop_trace):
       steps = f"steps {self._first} to {self._last}"
-      log(f"{steps} are traced in {self._folder}: `xprof {self._folder}` shows them")
+      log(f"{steps} are traced in {self._folder}; to view them: `xprof {self._folder}`")
 
   def _try(self, action: Callable[[], object]) -> bool:
     try:
       with self._paused():
         action()
-    except Exception as error:  # a full disk, or a trace that somebody else has begun
+    except Exception as error:  # a full disk, or another trace in this process
       log(f"no trace in {self._folder}: {first_line(error)}")
       return False
     return True

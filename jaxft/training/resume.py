@@ -1,4 +1,4 @@
-"""Resuming a run: is it the same run, and which of its checkpoints is sound."""
+"""Resuming: check that it is the same run, and find its newest sound checkpoint."""
 
 import json
 
@@ -13,9 +13,9 @@ from jaxft.utils.console import log
 from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
-LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # they make a run longer or shorter
+LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # change only the length of a run
 OTHER_WORKDIR = "name another --workdir"
-WAYS_OUT = "go back to its settings, name another --workdir, or go on with --allow_change"
+WAYS_OUT = "restore its settings, name another --workdir, or pass --allow_change"
 
 
 def check_same_run(
@@ -25,13 +25,18 @@ def check_same_run(
   current: Json,
   allow_change: bool,
 ) -> None:
-  """Raises RequestError when the newest readable checkpoint is of another run than this one.
-
-  With `allow_change` it logs the differences. A checkpoint with other leaves than `like`, the state
-  of this run, is refused in any case: nothing could be done with it.
+  """Check that the newest readable checkpoint belongs to this run.
 
   Args:
+    checkpoints: the checkpoints in the workdir.
+    like: the state of this run. A checkpoint with other leaves is always refused, because it cannot
+      be restored.
+    config: the config of this run.
     current: the metadata that a checkpoint of this run would have.
+    allow_change: log the differences instead of raising.
+
+  Raises:
+    RequestError: the checkpoint belongs to another run.
   """
   for step in reversed(checkpoints.steps()):
     try:
@@ -39,26 +44,27 @@ def check_same_run(
     except CheckpointReadError:
       raise
     except StorageError:
-      continue  # `restore_latest` will say so
+      continue  # `restore_latest` reports it
     lines = _diff(saved, config, current)
     if other := _other_leaves(like, saved["leaves"]):
-      lines.append(f"{checkpoints.folder / str(step)}: of another model or optimizer: {other}")
+      lines.append(f"{checkpoints.folder / str(step)}: from another model or optimizer: {other}")
       lines.append(f"{checkpoints.folder} holds another run: {OTHER_WORKDIR}")
       raise RequestError("\n".join(lines))
     total_steps = current["total_steps"]
     path = f"config.model.path={config.model.path!r}"
     if saved.get("frozen", "") != current["frozen"]:
-      lines.append(f"{path}: its weights, some of which are frozen, are not what they were")
+      lines.append(
+        f"{path}: its weights, some of them frozen, have changed since the run was started"
+      )
     if saved["data"] != current["data"]:
       lines.append(
-        "config.data: the training text, or how it is cut into tokens, is not what the run was "
-        "started with"
+        "config.data: the training text or its tokenization has changed since the run was started"
       )
-    # A record of before 2026-11-28 has no "held_out".
+    # Records from before 2026-11-28 have no "held_out".
     if saved.get("held_out", current["held_out"]) != current["held_out"]:
-      lines.append("config.data: the held-out text is not what the run was started with")
+      lines.append("config.data: the held-out text has changed since the run was started")
     if saved["total_steps"] > total_steps:
-      lines.append(f"{total_steps} steps in all: the run was started for {saved['total_steps']}")
+      lines.append(f"{total_steps} steps in total: the run was started for {saved['total_steps']}")
     if total_steps < step:
       lines.append(f"{checkpoints.folder} has a checkpoint of step {step} already: {OTHER_WORKDIR}")
       raise RequestError("\n".join(lines))
@@ -66,18 +72,18 @@ def check_same_run(
       lines.append(f"{checkpoints.folder} holds another run: {WAYS_OUT}")
       raise RequestError("\n".join(lines))
     for line in lines:
-      log(f"{line}; going on with the change, as --allow_change says")
+      log(f"{line}; continuing with the change (--allow_change)")
     if saved["total_steps"] < total_steps:
       log(
-        f"{total_steps} steps in all instead of {saved['total_steps']}: going on at step {step}, "
-        "with the learning rate as a run of that length has it"
+        f"{total_steps} steps in total instead of {saved['total_steps']}: continuing at step "
+        f"{step} with the learning-rate schedule of the new length"
         + _masked_rows_note(saved, current, step)
       )
     return
 
 
 def _diff(saved: Json, config: Config, current: Json) -> list[str]:
-  """A line for each setting, and each fact of the model, that is not what it was."""
+  """Return a line for each setting and model config field that has changed."""
   lines = jaxft.config.diff_from_saved(saved["config"], config)
   if saved["total_steps"] < current["total_steps"]:
     lines = [line for line in lines if line.split("=")[0] not in LENGTH_SETTINGS]
@@ -85,40 +91,48 @@ def _diff(saved: Json, config: Config, current: Json) -> list[str]:
   return lines + [
     f"config.json of config.model.path={config.model.path!r}: {name} is {model.get(name)!r}; the "
     f"run was started with {was!r}"
-    for name, was in saved.get("model", {}).items()  # a record of before 2026-11-21 has none
-    if model.get(name) != was and name not in RUN_FIELDS  # those are settings
+    for name, was in saved.get("model", {}).items()  # records from before 2026-11-21 have no model
+    if model.get(name) != was and name not in RUN_FIELDS  # compared as settings
   ]
 
 
 def _other_leaves(like: CheckpointState, saved: dict[str, str]) -> str:
-  """Names the first leaf that a checkpoint has otherwise than this run; "" where there is none."""
+  """Describe the first leaf whose dtype or shape differs; "" if all match."""
   current = leaf_specs(like)
   names = sorted(saved.keys() | current.keys())
   other = [name for name in names if saved.get(name) != current.get(name)]
   if not other:
     return ""
   was, now = (specs.get(other[0], "missing") for specs in (saved, current))
-  return f"{other[0]} is {was} there and {now} in this run ({len(other)} such leaves)"
+  return f"{other[0]} is {was} in the checkpoint and {now} in this run ({len(other)} such leaves)"
 
 
 def _masked_rows_note(saved: Json, current: Json, step: int) -> str:
-  """Says which rows the last step of a shorter run had masked, and the longer one has passed."""
+  """Report rows masked in a shorter run's last step, which this run skips."""
   rows = saved.get("rows_in_all")
   if not rows:
     return ""
   passed = min(step * current["rows_of_step"], current["rows_in_all"]) - rows
   if passed <= 0:
     return ""
-  return f"; left out of one epoch: {format_count(passed, 'row')} that its last step had masked"
+  return f"; one epoch lacks {format_count(passed, 'row')}, masked by the shorter run"
 
 
 def restore_best(
   checkpoints: CheckpointManager, like: CheckpointState, strict: bool
 ) -> tuple[int, CheckpointState]:
-  """Restores the weights alone of the best checkpoint, or of the newest where none has a metric.
+  """Restore the weights of the best checkpoint; of the newest if none has a metric.
 
-  Returns its step too. Damaged ones are set aside, or raise if `strict`. Raises StorageError where
-  none is sound.
+  Args:
+    checkpoints: the checkpoints of the run.
+    like: shapes with shardings of a checkpoint's state.
+    strict: raise for a damaged checkpoint, instead of setting it aside.
+
+  Returns:
+    The step of the checkpoint, and its state with weights only.
+
+  Raises:
+    StorageError: no checkpoint is sound, or one is damaged and `strict` is set.
   """
   skip_opt = jax.tree.map(lambda _: PLACEHOLDER, like.opt)
   weights_like = like._replace(step=PLACEHOLDER, opt=skip_opt)
@@ -132,9 +146,9 @@ def restore_best(
     except StorageError as error:
       if strict or len(checkpoints.steps()) == 1:
         raise
-      log(f"{error}; set aside as {checkpoints.quarantine(step).name}, and taking the next one")
+      log(f"{error}; set aside as {checkpoints.quarantine(step).name}; trying the next one")
       continue
-    why = "none on disk was evaluated" if best is None else "the best on disk"
+    why = "no checkpoint was evaluated" if best is None else "the best checkpoint"
     log(f"exporting the weights of step {step}: {why}")
     return step, weights
 
@@ -142,12 +156,21 @@ def restore_best(
 def restore_latest(
   checkpoints: CheckpointManager, like: CheckpointState, total_steps: int, strict: bool
 ) -> tuple[CheckpointState | None, int]:
-  """Restores the newest sound checkpoint, with the tokens it has seen; (None, 0) in a new run.
+  """Restore the newest sound checkpoint.
 
-  Damaged ones that are newer are set aside, or raise if `strict`. Raises StorageError when there
-  are some and none is sound.
+  Args:
+    checkpoints: the checkpoints of the run.
+    like: shapes with shardings of a checkpoint's state.
+    total_steps: of the run, for the log.
+    strict: raise for a damaged checkpoint, instead of setting it aside.
+
+  Returns:
+    Its state and the number of tokens trained on so far; (None, 0) for a new run.
+
+  Raises:
+    StorageError: checkpoints exist but none is sound, or one is damaged and `strict` is set.
   """
-  damaged = {}
+  damaged = {}  # set aside only after an older checkpoint was restored
   for step in reversed(checkpoints.steps()):
     try:
       state = checkpoints.restore(step, like)
@@ -161,10 +184,10 @@ def restore_latest(
       continue
     for bad_step, reason in damaged.items():
       moved = checkpoints.quarantine(bad_step).name
-      log(f"{reason}; set aside as {moved}, and going on from the one before it")
+      log(f"{reason}; set aside as {moved}; continuing from an older checkpoint")
     log(f"continuing at step {step} of {total_steps}")
     return state, tokens_seen
   if damaged:
-    last = f"no sound checkpoint is left in {checkpoints.folder}; to start anew {OTHER_WORKDIR}"
+    last = f"no sound checkpoint is left in {checkpoints.folder}; to start over, {OTHER_WORKDIR}"
     raise StorageError("\n".join([*damaged.values(), last]))
   return None, 0

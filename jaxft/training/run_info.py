@@ -1,4 +1,4 @@
-"""about.json: with what a run was started and how it ended."""
+"""about.json: command, versions and devices of a run, and how it ended."""
 
 import contextlib
 import os
@@ -21,16 +21,17 @@ from jaxft.utils.files import read_json_object, write_json
 from jaxft.utils.redact import redact
 from jaxft.utils.types import Json
 
-# What decides the devices and the compiled program beside the command line.
+# Besides the command line, these decide the devices and the compiled program.
 ENV_VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS")
 
 
 def write_about(run: BuiltRun, start: int, memory: dict[str, int]) -> Json:
-  """Writes about.json of a run that begins or goes on, and returns its content.
+  """Write about.json of a run that begins or resumes, and return its content.
 
   Args:
-    start: step that the run goes on from.
-    memory: planned bytes of a device, by what they are for.
+    run: the built run.
+    start: step that the run resumes from; 0 for a new run.
+    memory: planned bytes of a device, by purpose.
   """
   about: Json = {"starts": []}
   with log_failure("about.json"):
@@ -61,33 +62,39 @@ def write_about(run: BuiltRun, start: int, memory: dict[str, int]) -> Json:
 
 @contextlib.contextmanager
 def log_failure(name: str) -> Generator[None]:
-  """Logs an error: a disk that does not take a file costs a line of the log, not the run."""
+  """Log an error and continue: a failed write of `name` must not end the run."""
   try:
     yield
-  except Exception as error:  # of any kind: hours of training are worth more than a page
+  except Exception as error:  # any kind: hours of training are worth more than a page
     reason = f"{type(error).__name__}: {first_line(error)}"
     reason = str(error) if isinstance(error, StorageError) else reason
-    log(f"{name} is not written ({reason}); python -m jaxft.report makes the page again")
+    log(f"{name} is not written ({reason}); to rebuild the page: python -m jaxft.report")
 
 
 def now() -> str:
+  """Return the time in UTC, in ISO 8601, such as "2026-11-29T12:00:00Z"."""
   return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def shell_command() -> str | None:
-  """The command line of this process, for a shell; None where it is no `python -m jaxft...`."""
+  """Return the command line for a shell; None if it is not a command of jaxft."""
   words = sys.orig_argv
+  if words[:1] == ["jaxft"]:  # the console script (`jaxft/__main__.py`)
+    return redact(shlex.join(words))
   for i, word in enumerate(words):
     if word.startswith("jaxft.") and words[i - 1] == "-m":
       return redact(shlex.join(["python", "-m", *words[i:]]))
-  return None  # a notebook, say
+  return None  # a notebook, for example
 
 
 def git_commit(checkout: Path) -> str | None:
-  """The commit of a git checkout, from its files; None where it is none. Ignores later changes."""
+  """Return the commit of a git checkout, from its files; None for other folders.
+
+  Uncommitted changes are ignored.
+  """
   try:
     git = checkout / ".git"
-    if git.is_file():  # a work tree of its own
+    if git.is_file():  # a linked work tree
       git = checkout / git.read_text().removeprefix("gitdir:").strip()
     head = (git / "HEAD").read_text().strip()
     if not head.startswith("ref: "):

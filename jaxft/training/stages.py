@@ -1,4 +1,4 @@
-"""The stages of a run before its first step and after its last: build, start, export."""
+"""The stages before the first step and after the last: build, start, export."""
 
 import contextlib
 import dataclasses
@@ -33,20 +33,21 @@ from jaxft.utils.types import Json, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuiltRun:
-  """What was asked, what was read, and the programs of both."""
+  """A run that is ready to start: its request, its inputs and its programs."""
 
   request: RunRequest
   inputs: RunInputs
-  cfg: ModelConfig  # of the model as it is trained
+  cfg: ModelConfig  # with the dropout and the adapters of this run
   program: TrainProgram
 
   @property
   def config(self) -> Config:
+    """The config of the run."""
     return self.request.config
 
   @property
   def model_facts(self) -> Json:
-    """What about.json says of the model."""
+    """The model's entry in about.json."""
     return {
       "type": self.inputs.model_type,
       "compute_dtype": self.program.compute.dtype.name,
@@ -56,7 +57,7 @@ class BuiltRun:
 
   @functools.cached_property
   def checkpoint_metadata(self) -> Json:
-    """What each checkpoint says of the run, beside its step and its tokens."""
+    """The metadata of every checkpoint of this run, except its step and its tokens."""
     config = self.config
     inputs = self.inputs
     return {
@@ -77,7 +78,7 @@ class BuiltRun:
 
 
 def build_run(request: RunRequest, inputs: RunInputs) -> BuiltRun:
-  """Builds the programs of a run; RequestError where its state does not fit into memory."""
+  """Build a run's programs; raises RequestError if its state exceeds memory."""
   config = request.config
   cfg = trainable_params.apply_config(inputs.source.cfg, config, inputs.model_type)
   row = inputs.data.train[0]
@@ -97,7 +98,7 @@ def build_run(request: RunRequest, inputs: RunInputs) -> BuiltRun:
 
 @contextlib.contextmanager
 def open_checkpoints(run: BuiltRun) -> Generator[CheckpointManager]:
-  """Opens the checkpoints of this run; raises where they are of another."""
+  """Open the run's checkpoints; raises RequestError if another run wrote them."""
   train = run.config.train
   checkpoints = CheckpointManager(
     folder=run.request.workdir / "checkpoints",
@@ -116,9 +117,14 @@ def open_checkpoints(run: BuiltRun) -> Generator[CheckpointManager]:
 
 
 def check_room(run: BuiltRun, saved_steps: list[int]) -> None:
-  """Raises StorageError where the disk has no room for the checkpoints to come and the export.
+  """Check that the disk has room for the remaining checkpoints and the export.
 
-  `saved_steps`: of the checkpoints that are on it.
+  Args:
+    run: the built run.
+    saved_steps: steps of the checkpoints already on the disk.
+
+  Raises:
+    StorageError: the disk has too little room.
   """
   train = run.config.train
   total_steps = run.inputs.total_steps
@@ -133,13 +139,13 @@ def check_room(run: BuiltRun, saved_steps: list[int]) -> None:
 
 
 def initial_state(run: BuiltRun) -> TrainState:
-  """Returns the state of a run that begins, with pretrained or new weights."""
+  """Return the initial state of a new run, with pretrained or random weights."""
   params, frozen = init.load_or_init_params(run.program, run.cfg, run.inputs.source, run.config)
   return init.init_train_state(run.program, params, frozen)
 
 
 def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[TrainState, int]:
-  """Returns the state that the run goes on from or begins with, and the tokens it has seen."""
+  """Return the restored or initial state, and the tokens trained on so far."""
   like = run.program.state.checkpointable
   strict = run.request.strict
   saved, tokens_seen = restore_latest(checkpoints, like, run.inputs.total_steps, strict)
@@ -152,7 +158,7 @@ def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[Trai
 
 
 def write_run_files(run: BuiltRun) -> None:
-  """Writes what the workdir says of the run, from the main process: settings, data, base model."""
+  """Write settings, data report and base model's config, from process 0."""
   if jax.process_index() > 0:
     return
   workdir = run.request.workdir
@@ -163,9 +169,16 @@ def write_run_files(run: BuiltRun) -> None:
 
 
 def export_run(run: BuiltRun, params: Params, step: int, about: Json) -> None:
-  """Writes a Hugging Face folder, reads it back and compares it.
+  """Write a Hugging Face folder, read it back and compare the two.
 
-  The frozen weights are read again, as precise as they are in the base model.
+  Frozen weights are loaded again from the base model, because the run stores them in the compute
+  dtype and the export needs their full precision.
+
+  Args:
+    run: the built run.
+    params: the trained weights.
+    step: the step that they were saved at, for the model card.
+    about: content of about.json, which gets "export".
   """
   config = run.config
   source = run.inputs.source

@@ -1,6 +1,6 @@
-"""Stochastic rounding: bfloat16 weights that still learn from updates too small for one step.
+"""Stochastic rounding: bfloat16 weights that learn from very small updates.
 
-Rounding to the nearest would leave a weight as it is until an update is 1/512 of it
+Round-to-nearest would leave a weight unchanged unless an update is at least 1/512 of it
 (arXiv:2010.06192).
 """
 
@@ -9,28 +9,35 @@ import jax.numpy as jnp
 
 from jaxft.utils.types import Params
 
-RNG_STREAM = 0x726F756E  # of random numbers, apart from that of dropout
+RNG_STREAM = 0x726F756E  # separates these random numbers from those of dropout
 
 
 def stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
-  """Rounds `x`, float32, to one of its two neighbours in bfloat16, so that the mean is `x`.
+  """Round float32 `x` to one of its bfloat16 neighbors, so that the mean is `x`.
 
-  With dtype float32 nothing changes. What bfloat16 has exactly stays as it is, and what is not
-  finite stays so.
+  Values that bfloat16 represents exactly do not change. NaN and infinity stay NaN and infinity.
+
+  Args:
+    x: float32 array of any shape.
+    dtype: bfloat16, or float32 to return `x` unchanged.
+    key: key of the random bits.
   """
   if dtype == x.dtype:
     return x
-  # A bfloat16 is the upper half of a float32. The sum carries into it in as many of 65,536 cases as
-  # the lower half says.
+  # A bfloat16 is the upper half of a float32. Adding 16 random bits to the lower half n carries
+  # into the upper half with probability n / 65,536, which is exactly the fraction that is cut off.
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
   rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-  # A NaN's bits would carry into another number.
+  # A carry could turn the bits of a NaN or an infinity into another number.
   return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def stochastic_round_layers(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
-  """Rounds each layer of stacked ones with a key of its own."""
+  """Round each layer of a stacked array with a separate key.
+
+  A layer-by-layer update (`offload`) then rounds the same way.
+  """
   if dtype == x.dtype:
     return x
 
@@ -41,7 +48,7 @@ def stochastic_round_layers(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> j
 
 
 def rounding_keys(seed: int, step: jax.Array, params: Params) -> Params:
-  """Returns a key for each leaf of the parameters in this step of a run."""
+  """Return a key for each leaf of `params`, for this step of a run."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), RNG_STREAM), step)
   leaves, tree = jax.tree.flatten(params)
   return jax.tree.unflatten(tree, [jax.random.fold_in(key, i) for i in range(len(leaves))])

@@ -1,4 +1,4 @@
-"""The train state: what a step changes, and the weights that it leaves as they are."""
+"""The train state: everything that a step changes, and the frozen weights."""
 
 import dataclasses
 
@@ -12,32 +12,32 @@ from jaxft.utils.types import Params, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-  """Step, parameters and optimizer state, with the weights that are not trained.
+  """Step, trained parameters, optimizer state and frozen parameters.
 
-  As a tree it may have shapes, shardings or a mask at its leaves, instead of arrays.
+  Its leaves may also be shapes, shardings or a mask, instead of arrays.
   """
 
   step: PyTree  # optimizer steps done, skipped ones included
-  params: Params  # those that are trained
+  params: Params  # trained
   opt_state: PyTree
-  frozen: Params = dataclasses.field(default_factory=dict)  # those that are not
+  frozen: Params = dataclasses.field(default_factory=dict)  # not trained
 
   @classmethod
   def from_checkpoint(cls, saved: CheckpointState, frozen: Params) -> "TrainState":
-    """Undoes `checkpointable`."""
+    """Build the state from a checkpoint and the frozen weights."""
     return cls(step=saved.step, params=saved.params, opt_state=saved.opt, frozen=frozen)
 
   @property
   def all_params(self) -> Params:
-    """All parameters of the model."""
+    """All parameters of the model, trained and frozen."""
     return combine(self.params, self.frozen)
 
   @property
   def checkpointable(self) -> CheckpointState:
-    """The state without the frozen weights, which the base model still has."""
+    """The state without the frozen weights, which the base model has."""
     return CheckpointState(self.step, self.params, self.opt_state)
 
 
 def shardings_of(shapes: PyTree) -> PyTree:
-  """The sharding of each leaf."""
+  """Return the sharding of each leaf."""
   return jax.tree.map(lambda leaf: leaf.sharding, shapes)

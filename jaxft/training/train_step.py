@@ -1,7 +1,10 @@
-"""The train step: gradients, their statistics, the update. Pure functions; build.py jits them.
+"""The train step: gradients, their statistics, the update.
 
-A batch is {"ids", "targets", "mask"}, each (A, B, T): A accumulation steps of B rows of T columns.
-Where examples share rows it has their "segments" and "positions" too.
+These are pure functions, which build.py compiles.
+
+A batch is {"ids", "targets", "mask"}, each (A, B, T): A accumulation steps, B rows per step, T
+tokens per row. Packed batches, in which several examples share a row, also have "segments" and
+"positions".
 """
 
 import dataclasses
@@ -28,7 +31,7 @@ from jaxft.utils.types import Params, PyTree
 
 # (state, batch) -> (loss, grads, tokens)
 GradFn: TypeAlias = Callable[[TrainState, Batch], tuple[jax.Array, Params, jax.Array]]
-# (grads, state) -> (global norm, for each leaf of both: is not finite)
+# (grads, state) -> (global norm, one "is not finite" flag for each leaf of both)
 GradStatsFn: TypeAlias = Callable[[Params, CheckpointState], tuple[jax.Array, jax.Array]]
 # (state, grads, keys, scale, learning_rate, is_finite) -> (params, opt_state)
 UpdateFn: TypeAlias = Callable[
@@ -46,16 +49,19 @@ def make_grad_fn(
   trained: Trained,
   fetch_params: Callable[[Params], Params],
 ) -> GradFn:
-  """Returns `grad_fn(state, batch) -> (loss, grads, tokens)`.
+  """Make `grad_fn(state, batch) -> (loss, grads, tokens)`.
 
-  The loss is a sum over the unmasked targets of the whole global batch divided by their count, so
-  it does not depend on how rows are split into accumulation steps or over devices; nor does
-  dropout, whose keys follow from (seed, step, row).
+  The loss is summed over the unmasked targets of the whole global batch and divided by their count.
+  It therefore does not depend on how rows are split into accumulation steps or over devices.
+  Neither does dropout, whose keys are derived from (seed, step, row).
 
   Args:
+    graph: the model's graph definition.
+    loss_chunk: positions of a row whose logits are computed at a time; 0: all.
+    seed: of the dropout.
     grad_shardings: a sharding for every leaf of the gradient.
     trained: `ModelConfig.trained`.
-    fetch_params: makes the trained weights that the model computes with of those of the state.
+    fetch_params: maps the trained weights of the state to the weights that the model computes with.
   """
   mask_frozen_layers = make_layer_mask(trained)
 
@@ -74,7 +80,8 @@ def make_grad_fn(
       model = nnx.merge(graph, combine(params, state.frozen))
       keys_B = per_row_keys(key, index * B, B)
 
-      # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
+      # Dividing by the token count before the backward pass, not after it, keeps the size of the
+      # gradients independent of the batch size.
       def loss_fn(params, embeds_BTD):
         model = nnx.merge(graph, combine(params, state.frozen))
         h_BTD, _ = model(
@@ -88,22 +95,22 @@ def make_grad_fn(
         loss = cross_entropy_sum(h_BTD, model.head(), targets_BT, mask_BT, loss_chunk)
         return scale * jnp.where(ids_in_range(micro_batch, model.cfg), loss, jnp.nan)
 
-      # The embeddings are an argument of their own: their gradient is then added to what the head
-      # has left in that of a tied table, where autodiff would make a second table.
+      # The embeddings are a separate argument. Their gradient is then added to the tied table's
+      # gradient from the output head. Autodiff would build a second (V, D) table and add the two.
       embeds_BTD = model.embed_tokens(micro_batch["ids"])
       loss, (grads, d_embeds_BTD) = jax.value_and_grad(loss_fn, (0, 1))(params, embeds_BTD)
       grads = model.add_embedding_grads(grads, micro_batch["ids"], d_embeds_BTD)
       return loss, shard_grads(grads)
 
     A = batch["ids"].shape[0]
-    if A == 1:  # no second copy of the gradient for runs that do not accumulate
+    if A == 1:  # without accumulation, avoid a second copy of the gradient
       return *micro_batch_grads(0, jax.tree.map(lambda x: x[0], batch)), tokens
 
     def add(total, xs):
       micro_batch = micro_batch_grads(*xs)
       return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, micro_batch), None
 
-    # In float32, also where weights are a copy in bfloat16 (`offload.make_fetch_params`).
+    # Float32 even if the weights are a bfloat16 copy (`offload.make_fetch_params`).
     zeros = shard_grads(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     (loss, grads), _ = jax.lax.scan(add, (jnp.float32(0), zeros), (jnp.arange(A), batch))
     return loss, grads, tokens
@@ -112,7 +119,9 @@ def make_grad_fn(
 
 
 def make_grad_stats(nonfinite_leaves: Callable[[PyTree], jax.Array]) -> GradStatsFn:
-  """Returns `grad_stats(grads, state) -> (global norm, for each leaf of both: is not finite)`.
+  """Make `grad_stats(grads, state) -> (global norm, flags)`.
+
+  `flags` has one bool for each leaf of grads, then of state: true if the leaf is not finite.
 
   Args:
     nonfinite_leaves: `per_device.make_nonfinite_check` for (grads, state).
@@ -126,20 +135,21 @@ def make_grad_stats(nonfinite_leaves: Callable[[PyTree], jax.Array]) -> GradStat
 
 
 def make_update_fn(tx: optax.GradientTransformation, trained: Trained = ()) -> UpdateFn:
-  """Returns `update_fn(state, grads, keys, scale, learning_rate, is_finite)`.
+  """Make `update_fn(state, grads, keys, scale, learning_rate, is_finite)`.
 
-  It gives (params, opt_state), unchanged where `is_finite` is false. Gradients are multiplied by
-  `scale`; `keys` has one for each parameter, to round it with.
+  It returns (params, opt_state), unchanged if `is_finite` is false. Gradients are multiplied by
+  `scale`. `keys` has a key for each parameter, for stochastic rounding.
 
   Args:
+    tx: the optimizer, without the learning rate.
     trained: `ModelConfig.trained`.
   """
   mask_frozen_layers = make_layer_mask(trained)
 
   def update_fn(state, grads, keys, scale, learning_rate, is_finite):
-    # A loop of one turn or none writes over the state where it lies. A choice between old and new
-    # takes copies on a CPU, where the update is then three times as slow; a branch copies the state
-    # on a GPU.
+    # A while loop that runs once or not at all lets XLA update the state in place. The alternatives
+    # copy it: jnp.where copies on a CPU, which makes the update three times as slow, and lax.cond
+    # copies on a GPU.
     def body(carry: tuple[jax.Array, Params, PyTree]) -> tuple[jax.Array, Params, PyTree]:
       _, params, opt_state = carry
       params_f32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
@@ -168,16 +178,23 @@ def make_train_step(
   clip_norm: float,
   seed: int,
 ) -> TrainStepFn:
-  """Returns `train_step(state, batch) -> (state, metrics)`, of functions made here or in `offload`.
+  """Make `train_step(state, batch) -> (state, metrics)`.
 
-  When loss, gradient, or a leaf of the state is not finite, the step changes nothing but
-  `state.step`: `metrics["bad"]` is true, and `metrics["bad_leaves"]` says which leaves of the
-  gradient, and then of the weights and of the optimizer state, are not finite
-  (`nonfinite_leaf_names`). A NaN among the weights shows here even where no row of the batch reads
-  it. The check is of the old state: the new one would have to exist whole beside it (1.3 GiB more
-  on each of eight H100 for GPT-J-6B).
+  Its parts are made here or in `offload`.
+
+  If the loss, the gradient or a leaf of the state is not finite, the step is skipped: it changes
+  only `state.step`. Then `metrics["bad"]` is true, and `metrics["bad_leaves"]` flags the non-finite
+  leaves of the gradient, the weights and the optimizer state, in this order
+  (`nonfinite_leaf_names`). This finds a NaN in the weights even if no row of the batch reads it.
+
+  The old state is checked. Checking the new one would need both in memory at the same time, 1.3 GiB
+  more on each of eight H100 for GPT-J-6B.
 
   Args:
+    grad_fn: computes loss and gradients.
+    grad_stats: computes the global norm and the non-finite flags.
+    update_fn: applies the update.
+    schedule: learning rate by step.
     clip_norm: largest global norm of the gradient; 0: no clipping.
     seed: of the run.
   """
@@ -186,10 +203,11 @@ def make_train_step(
     loss, grads, tokens = grad_fn(state, batch)
     norm, bad_leaves = grad_stats(grads, state.checkpointable)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & ~bad_leaves.any()
-    # Clipping is one factor on the gradients, applied in the update: no clipped copy of them.
+    # Clipping is a factor that the update applies, which saves a clipped copy of the gradients.
     scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else jnp.float32(1)
     learning_rate = schedule(state.step)
 
+    # Keys depend on (seed, step) alone, so that a resumed run rounds the same way.
     keys = rounding_keys(seed, state.step, state.params)
     params, opt_state = update_fn(state, grads, keys, scale, learning_rate, is_finite)
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "tokens": tokens}
@@ -201,7 +219,7 @@ def make_train_step(
 
 
 def ids_in_range(batch: Batch, cfg: ModelConfig) -> jax.Array:
-  """Whether all ids and targets are in the tables: XLA reads the nearest row for one outside."""
+  """Return whether all ids and targets are in the tables; XLA clamps others."""
 
   def in_range(ids, size):
     return jnp.all((ids >= 0) & (ids < size))
@@ -210,7 +228,7 @@ def ids_in_range(batch: Batch, cfg: ModelConfig) -> jax.Array:
 
 
 def nonfinite_leaf_names(bad_leaves: np.ndarray, state: TrainState) -> list[str]:
-  """The names behind `metrics["bad_leaves"]`."""
+  """Return the names of the leaves that `metrics["bad_leaves"]` flags."""
 
   def paths(tree):
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

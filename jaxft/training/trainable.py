@@ -1,7 +1,7 @@
-"""What of a model is trained: all of it, adapters, or named weights; the rest is frozen.
+"""Trained and frozen weights: all weights, adapters or named weights are trained.
 
-`trained`, throughout, is `ModelConfig.trained`: the path of each trained parameter, with its
-layers; () means all.
+`trained` is always `ModelConfig.trained`: the path of each trained parameter, with its trained
+layers (() means all layers). An empty `trained` means that all parameters are trained.
 """
 
 import math
@@ -16,11 +16,14 @@ from jaxft.model.config import ModelConfig
 from jaxft.utils.types import Params
 
 Trained: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
-ParamPath: TypeAlias = tuple[jax.tree_util.DictKey, ...]  # as jax.tree_util has it
+ParamPath: TypeAlias = tuple[jax.tree_util.DictKey, ...]  # a path of jax.tree_util
 
 
 def partition(tree: Params, trained: Trained) -> tuple[Params, Params]:
-  """Splits a tree of parameters in two: the trained leaves, whole, and the frozen ones."""
+  """Split a tree of parameters into the trained leaves and the frozen ones.
+
+  A leaf with only some trained layers counts as trained (`make_layer_mask`).
+  """
   if not trained:
     return tree, {}
   names = {name for name, _ in trained}
@@ -29,7 +32,7 @@ def partition(tree: Params, trained: Trained) -> tuple[Params, Params]:
 
 
 def combine(trained: Params, frozen: Params) -> Params:
-  """Undoes `partition`."""
+  """Merge the two trees of `partition` again."""
   if not frozen:
     return trained
   both = {name: combine(trained[name], frozen[name]) for name in trained.keys() & frozen.keys()}
@@ -38,7 +41,7 @@ def combine(trained: Params, frozen: Params) -> Params:
 
 
 def select_like(tree: Params, shapes: Params) -> Params:
-  """Selects what `shapes`, which may have fewer leaves, has of a tree."""
+  """Select the leaves of `tree` that `shapes` has too."""
   return {
     name: select_like(tree[name], node) if isinstance(node, dict) else tree[name]
     for name, node in shapes.items()
@@ -46,9 +49,9 @@ def select_like(tree: Params, shapes: Params) -> Params:
 
 
 def make_layer_mask(trained: Trained) -> Callable[..., jax.Array]:
-  """Returns `mask_frozen_layers(path, x, layer=None)`: x with 0 in the leaf's frozen layers.
+  """Make `mask_frozen_layers(path, x, layer=None)`: x with 0 in frozen layers.
 
-  With `layer`, x is that one layer alone.
+  With `layer`, x is that single layer, without the layer axis.
   """
   trained_layers = {name: layers for name, layers in trained if layers}
 
@@ -67,7 +70,7 @@ def make_layer_mask(trained: Trained) -> Callable[..., jax.Array]:
 
 
 def num_params(tree: Params, cfg: ModelConfig) -> int:
-  """Counts parameters, without the rows that pad the vocabulary."""
+  """Count the parameters of a tree, without the rows that pad the vocabulary."""
 
   def size(path: ParamPath, leaf: jax.Array) -> int:
     is_padded = param_name(path) in ("embed.tokens", "output.kernel", "output.bias")
@@ -77,7 +80,7 @@ def num_params(tree: Params, cfg: ModelConfig) -> int:
 
 
 def param_name(path: ParamPath) -> str:
-  """The name of the parameter at this path, such as "blocks.mlp.up.kernel"."""
+  """Return the name of the parameter at this path, such as "blocks.mlp.up.kernel"."""
   return ".".join(key.key for key in path)
 
 

@@ -1,4 +1,4 @@
-"""The workdir: one writer at a time, what may be overwritten or moved, and room on the disk."""
+"""The workdir: its lock, moving an old run aside, and free disk space."""
 
 import itertools
 import json
@@ -24,7 +24,16 @@ RUN_FILES = ("checkpoints", "metrics.jsonl", "config.json", "report.html", "expo
 
 @contextmanager
 def hold_workdir(workdir: Path, overwrite: bool, inputs: Iterable[Path]) -> Generator[None]:
-  """Holds the workdir's lock; with `overwrite`, RequestError where it could not be moved aside."""
+  """Hold the workdir's lock while the context is open.
+
+  Args:
+    workdir: the folder of the run.
+    overwrite: also check that the folder can be moved aside.
+    inputs: files and folders that the run reads.
+
+  Raises:
+    RequestError: another run holds the lock, or the folder cannot be moved aside.
+  """
   if overwrite:
     check_not_an_input(workdir, inputs)
   with lock_workdir(workdir):
@@ -36,16 +45,18 @@ def hold_workdir(workdir: Path, overwrite: bool, inputs: Iterable[Path]) -> Gene
 
 @contextmanager
 def lock_workdir(workdir: Path) -> Generator[None]:
-  """Holds the workdir's lock, which ends with the process.
+  """Hold the workdir's lock; the kernel releases it when the process dies.
 
-  Raises RequestError, with pid and host, when another run has it.
+  Raises:
+    RequestError: another run holds it. The message has its pid and host.
+    StorageError: the lock file cannot be written.
   """
-  if jax.process_index() > 0:  # process 0 writes
+  if jax.process_index() > 0:  # only process 0 writes
     yield
     return
   if workdir.is_symlink() and not workdir.exists():
     raise RequestError(
-      f"--workdir={str(workdir)!r}: a link that leads nowhere; make the folder, or name another one"
+      f"--workdir={str(workdir)!r}: a broken link; create its target, or name another folder"
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +68,7 @@ def lock_workdir(workdir: Path) -> Generator[None]:
         "another folder"
       )
     atomic_write(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-  except (OSError, NotImplementedError) as error:  # the second: a disk that knows no locks
+  except (OSError, NotImplementedError) as error:  # NotImplementedError: the disk has no file locks
     raise StorageError(f"workdir {workdir}: {write_failure(workdir, error)}") from error
   try:
     yield
@@ -83,17 +94,17 @@ def _lock_owner(workdir: Path) -> str:
 
 
 def check_not_an_input(workdir: Path, inputs: Iterable[Path]) -> None:
-  """Raises RequestError where a new run reads something in the workdir that will be moved."""
+  """Raise RequestError if a new run reads a file in the workdir to be moved."""
   for path in (Path.cwd(), *inputs):
     if path.resolve().is_relative_to(workdir.resolve()):
       raise RequestError(
-        f"--overwrite_output_dir: {path} lies in {workdir}, which would be moved aside; name "
+        f"--overwrite_output_dir: {path} is in {workdir}, which would be moved aside; name "
         "another --workdir"
       )
 
 
 def check_movable(workdir: Path) -> None:
-  """Raises RequestError where a workdir cannot be moved, or a folder of it has a run going on."""
+  """Raise RequestError if a workdir cannot be moved or has an active run in it."""
   folder = workdir.resolve()
   if os.path.ismount(folder):
     raise RequestError(
@@ -102,8 +113,8 @@ def check_movable(workdir: Path) -> None:
     )
   if not os.access(folder.parent, os.W_OK):
     raise RequestError(
-      f"--overwrite_output_dir: {workdir} would be moved aside, and {folder.parent} may not be "
-      "written to; name another --workdir"
+      f"--overwrite_output_dir: {workdir} cannot be moved aside, because {folder.parent} is not "
+      "writable; name another --workdir"
     )
   for file in folder.glob(f"**/{LOCK_FILES[0]}"):
     if file.parent == folder:
@@ -118,14 +129,20 @@ def check_movable(workdir: Path) -> None:
 
 
 def has_content(workdir: Path) -> bool:
-  """Whether a workdir has anything that a new run would replace."""
+  """Return whether a workdir has files that a new run would replace."""
   return any((workdir / name).exists() for name in RUN_FILES)
 
 
 def move_aside(workdir: Path) -> Path:
-  """Renames a workdir, and makes a new one, in which the lock goes on. Returns the new path.
+  """Rename a workdir to `NAME.1` (2, 3, ...) and make a new one with the lock.
 
-  All of it is in one of the two folders at any moment. Raises StorageError.
+  If the process dies at any point, every file is still in one of the two folders.
+
+  Returns:
+    The new path of the old files.
+
+  Raises:
+    StorageError: the folder cannot be renamed or made.
   """
   folder = workdir.resolve()
   names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
@@ -134,7 +151,7 @@ def move_aside(workdir: Path) -> Path:
     folder.rename(aside)
     try:
       folder.mkdir()
-    except OSError:  # a quota
+    except OSError:  # a disk quota, for example
       aside.rename(folder)
       raise
     for name in LOCK_FILES:
@@ -147,26 +164,30 @@ def move_aside(workdir: Path) -> Path:
 
 
 def overwrite_workdir(workdir: Path, out: Path, preemption: PreemptionHandler) -> None:
-  """Moves the run that is in the workdir aside, for all processes; says that `out` will be new."""
+  """Move the old run aside while all processes wait.
+
+  If `out` already has an export, this logs that it will be replaced.
+  """
   is_main = jax.process_index() == 0
   multihost.assert_all_equal("read", {})
   with preemption.deferred():
     if is_main and has_content(workdir):
       aside = move_aside(workdir)
-      log(
-        f"{workdir}: what was there is moved to {aside}; a new run begins (--overwrite_output_dir)"
-      )
+      log(f"{workdir}: the old run is moved to {aside}; a new run begins (--overwrite_output_dir)")
     multihost.assert_all_equal("moved", {})
   if is_main and out.is_dir() and any(out.iterdir()):
-    log(f"{out}: the export in it will be replaced when the run ends")
+    log(f"{out}: this export will be replaced when the run ends")
 
 
 def check_disk_space(needed: dict[Path, int], what: str) -> None:
-  """Raises StorageError when a disk has less free space than is needed.
+  """Check that disks have enough free space; folders on the same disk are added up.
 
   Args:
     needed: bytes for each folder, which need not exist yet.
-    what: the bytes are for.
+    what: name of the files, for the error.
+
+  Raises:
+    StorageError: a disk has less free space than needed.
   """
   needed_on = {}
   for folder, nbytes in needed.items():

@@ -1,1 +1,1 @@
-"""What every package may use: files, the console, units, JAX's settings."""
+"""Utilities for all packages: files, the console, units, JAX's settings."""

@@ -1,4 +1,4 @@
-"""Configuration of JAX before it looks for devices, this machine's hardware, and its memory."""
+"""JAX's configuration before it starts, and this machine's devices and memory."""
 
 import contextlib
 import functools
@@ -17,13 +17,13 @@ from jaxft.utils import environment, jax_private
 from jaxft.utils.files import cache_dir
 
 GIB = 2**30
-# Without it libtpu 0.0.42's compiler overflows a stack on GPT-2 with dropout, at four rows or more:
-# a segmentation fault.
+# Without this flag the compiler of libtpu 0.0.42 overflows a stack on GPT-2 with dropout and four
+# or more sequences, with a segmentation fault.
 LIBTPU_STACK_FLAG = "--fibers_default_thread_stack_size=1048576"
 
-# Linux shows an NVIDIA GPU by its device nodes or, before its first use, by its driver alone.
+# Paths of an NVIDIA GPU on Linux. Before its first use it has no device nodes, only a driver.
 NVIDIA_PATHS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1")
-# AMD's GPUs, Google's TPUs (two paths), and any GPU under Windows.
+# In addition: AMD GPUs, Google TPUs (two paths), and any GPU under WSL.
 ACCELERATOR_PATHS = (*NVIDIA_PATHS, "/dev/kfd", "/dev/accel*", "/dev/vfio/*", "/dev/dxg")
 CGROUP_FILE = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -31,35 +31,35 @@ PCI_DEVICES = "/sys/bus/pci/devices/*"
 REQUIRE_CHOICES = ("gpu", "tpu")
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
-# XLA's pool of pinned host memory: in whole GiB, read when JAX starts. It grows by doubling, up to
-# this, and no other process gets what it has pinned: the whole machine can stop (GPT-J's 90 GiB
-# pinned 126 of 128).
+# The limit of XLA's pool of pinned host memory, in whole GiB, read when JAX starts. The pool grows
+# by doubling, and no other process can use pinned memory. Without a limit the whole machine can
+# stop (GPT-J's 90 GiB pinned 126 of 128).
 PINNED_LIMIT_ENV = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 PINNED_FRACTION = 0.8
 DEFAULT_PINNED_BYTES = 64 * GIB  # XLA's own limit
-# The pool has gaps: by `pool_fits` it takes 1.03 to 1.45 times what a run keeps there, for GPT-2
-# 124M to GPT-J-6B with adamw, lion, adafactor and sgd (2026-11-28; not measured on a GPU).
+# The pool has gaps. According to `pool_fits` it needs 1.03 to 1.45 times the bytes of a run, for
+# GPT-2 124M to GPT-J-6B with adamw, lion, adafactor and sgd (2026-11-28; not measured on a GPU).
 PINNED_HEADROOM = 1.5
 POOL_MIN_REGION = 2 * 2**20  # bytes
 POOL_ALIGNMENT = 256  # bytes
-HOST_MEMORY_ENV = "JAXFT_HOST_MEMORY_GIB"  # for machines that show another size than they have
+HOST_MEMORY_ENV = "JAXFT_HOST_MEMORY_GIB"  # for machines that report a wrong size
 
-# Before jax 0.11.1 XLA annotates slices of arrays with the loop's counter instead of their index
-# (openxla/xla #46231, fixed in #46308): on a GPU `memory.offload=all` would add the gradient of the
+# Before jax 0.11.1 XLA annotates slices of arrays with the loop counter instead of their index
+# (openxla/xla #46231, fixed in #46308). On a GPU `memory.offload=all` would add the gradient of the
 # last layer to the first.
 SLICE_FIX_VERSION = (0, 11, 1)
 SLICE_PASS = "dynamic-slice-annotator"
 SLICE_ANNOTATION = '"dynamic_slice_config"'
 DISABLE_PASSES = "--xla_disable_hlo_passes="
 
-# JAX's flags that change types, shapes or random numbers of a program, or forbid what it does, with
-# the values that jaxft's programs are written for.
+# JAX flags that change a program's types, shapes or random numbers, or forbid its operations, with
+# the values that jaxft requires.
 JAX_FLAGS = {
   "jax_enable_x64": False,
   "jax_numpy_dtype_promotion": "standard",
   "jax_numpy_rank_promotion": "allow",
   "jax_default_prng_impl": "threefry2x32",
-  "jax_threefry_partitionable": True,  # the same numbers on any mesh
+  "jax_threefry_partitionable": True,  # the same random numbers on any mesh
   "jax_transfer_guard": None,
   "jax_default_device": None,
   "jax_no_tracing": False,
@@ -70,33 +70,34 @@ _own_env_vars: set[str] = set()  # environment variables that this process has s
 
 
 def configure_jax() -> None:
-  """Configure JAX before it initialises its backends; flags and variables already set win.
+  """Configure JAX before it initializes its backends.
 
-  Compiled programs are cached in the user's folder. XLA may take 95 % of a GPU (its own default
-  leaves a quarter), and pin 80 % of the host's memory for `memory.offload` (its default is 64 GB;
+  Flags and environment variables that are already set win, except those in JAX_FLAGS. Compiled
+  programs are cached in the user's cache folder. XLA may take 95 % of a GPU (its own default leaves
+  a quarter). It may pin 80 % of the host's memory for `memory.offload` (its own default is 64 GB;
   see `limit_pinned_memory`).
   """
   environment.quiet_transformers()
   for flag, required in JAX_FLAGS.items():
     value = getattr(jax.config, flag, required)
-    # A device is chosen by a program, not by the environment.
+    # A jax.Device as default device is set by a program, not by the environment: keep it.
     if value != required and not isinstance(value, jax.Device):
       jax.config.update(flag, required)
-      _warn(f"{flag.upper()}={value}: jaxft's programs are made for {required}, which is set now")
+      _warn(f"{flag.upper()}={value} is not supported; jaxft runs with {required}")
   has_accelerator = sys.platform != "linux" or _any_exists(ACCELERATOR_PATHS) or has_nvidia_gpu()
   if not jax.config.values["jax_platforms"] and not has_accelerator:
-    # The compilers of jaxft[plan] look like accelerators, and would complain at length.
+    # JAX would take the compilers of jaxft[plan] for accelerators, and log long warnings.
     jax.config.update("jax_platforms", "cpu")
   if not jax.config.values["jax_compilation_cache_dir"]:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
-  if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its former name
+  if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the old name of this variable
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
   if not os.environ.get(PINNED_LIMIT_ENV):
     os.environ[PINNED_LIMIT_ENV] = _ceil_gib(PINNED_FRACTION * host_memory_bytes())
     _own_env_vars.add(PINNED_LIMIT_ENV)
   if has_slice_bug() and has_accelerator:
     os.environ["XLA_FLAGS"] = disable_slice_pass(os.environ.get("XLA_FLAGS", ""))
-  tpu_flags = os.environ.get("LIBTPU_INIT_ARGS", "")  # jax adds to it too
+  tpu_flags = os.environ.get("LIBTPU_INIT_ARGS", "")  # JAX also adds flags
   if "stack_size" not in tpu_flags:
     os.environ["LIBTPU_INIT_ARGS"] = f"{tpu_flags} {LIBTPU_STACK_FLAG}".strip()
 
@@ -105,23 +106,30 @@ def configure_jax() -> None:
 
 
 def has_slice_bug() -> bool:
-  """Whether this jax's XLA annotates slices on a GPU with the wrong offset."""
+  """Return whether XLA of this jax annotates slices with a wrong offset on a GPU."""
   return jax.__version_info__ < SLICE_FIX_VERSION
 
 
 def disable_slice_pass(flags: str) -> str:
-  """Return XLA_FLAGS without the pass; slices become kernels that compute the index themselves."""
+  """Return XLA_FLAGS with the faulty pass disabled; kernels compute the indices.
+
+  Raises:
+    RequestError: if `flags` is the name of a file.
+  """
   if flags.strip() and not flags.strip().startswith("-"):
     raise RequestError(
-      f"XLA_FLAGS={flags!r}: with jax {jax.__version__} give the flags themselves, not a file of "
-      "them"
+      f"XLA_FLAGS={flags!r}: with jax {jax.__version__}, give the flags themselves, not a file "
+      "that contains them"
     )
-  ours = DISABLE_PASSES + SLICE_PASS  # XLA adds up what several such flags turn off
+  ours = DISABLE_PASSES + SLICE_PASS  # XLA combines several flags of this name
   return flags if ours in flags.split() else f"{flags} {ours}".strip()
 
 
 def check_slices(compiled: jax.stages.Compiled, platform: str) -> None:
-  """Raise RequestError if a GPU program has wrong slices: JAX started without our XLA_FLAGS."""
+  """Raise RequestError if a GPU program has wrong slices.
+
+  This happens if JAX started before `configure_jax` set XLA_FLAGS.
+  """
   if has_slice_bug() and platform == "gpu" and SLICE_ANNOTATION in (compiled.as_text() or ""):
     raise RequestError(
       f"config.memory.offload: jax {jax.__version__} writes gradients to the wrong layers on a GPU "
@@ -134,25 +142,25 @@ def check_slices(compiled: jax.stages.Compiled, platform: str) -> None:
 
 
 def has_cpu_mesh_bug() -> bool:
-  """Whether XLA's CPU compiler crashes on programs for several devices.
+  """Return whether XLA's CPU compiler crashes on programs for several devices.
 
-  That of jax 0.11.2 does, not that of 0.11.1 or 0.12.
+  jax 0.11.2 does; 0.11.1 and 0.12 do not.
   """
   return jax.__version_info__ == (0, 11, 2)
 
 
 def known_bugs() -> list[str]:
-  """Return one line for each bug that this jax is known to have."""
+  """Return one line for each known bug of this jax."""
   lines = []
   if has_slice_bug():
     lines.append(
       f"jax {jax.__version__}: XLA reads and writes wrong slices on GPUs (openxla/xla #46231); "
-      "jaxft turns that pass off"
+      "jaxft disables the faulty compiler pass"
     )
   if has_cpu_mesh_bug():
     lines.append(
-      f"jax {jax.__version__}: XLA's CPU compiler crashes on several devices, which are refused; "
-      "one device, GPUs and TPUs work"
+      f"jax {jax.__version__}: XLA's CPU compiler crashes on several devices, so jaxft refuses; "
+      "one CPU device, GPUs and TPUs work"
     )
   return lines
 
@@ -161,15 +169,18 @@ def known_bugs() -> list[str]:
 
 
 def device_memory_bytes(device: jax.Device) -> int:
-  """Return a local device's memory; for a CPU all of the host's, however many devices share it."""
+  """Return the bytes of a device's memory; all CPU devices share the host's memory."""
   return (device.memory_stats() or {}).get("bytes_limit") or host_memory_bytes()
 
 
 def host_memory_bytes() -> int:
   """Return the bytes of memory that this process may use.
 
-  That is $JAXFT_HOST_MEMORY_GIB, or what the machine and the control group allow. Raises
-  RequestError if the variable is not a number.
+  This is $JAXFT_HOST_MEMORY_GIB, or the least of the machine's memory and the limits of the control
+  groups.
+
+  Raises:
+    RequestError: if the variable is not a number.
   """
   if gib := os.environ.get(HOST_MEMORY_ENV):
     try:
@@ -181,14 +192,14 @@ def host_memory_bytes() -> int:
 
 
 def max_pinned_bytes(host_bytes: int | None) -> int | None:
-  """Return how many bytes XLA may pin for a run with `host_bytes` on the host; None if unknown."""
+  """Return the bytes that XLA may pin for `host_bytes` of a run; None if unknown."""
   return None if host_bytes is None else int(PINNED_HEADROOM * host_bytes)
 
 
 def limit_pinned_memory(host_bytes: int | None) -> None:
-  """Let XLA pin no more than `max_pinned_bytes`, if that is less than `configure_jax` allows.
+  """Lower XLA's limit of pinned memory to `max_pinned_bytes`, if that is less.
 
-  It has no effect if the user has set a limit, or if JAX has started already.
+  This has no effect if the user set a limit, or if JAX has started.
   """
   limit = max_pinned_bytes(host_bytes)
   if limit is None or PINNED_LIMIT_ENV not in _own_env_vars:
@@ -198,11 +209,15 @@ def limit_pinned_memory(host_bytes: int | None) -> None:
 
 
 def pool_fits(blocks: Iterable[int], limit: int) -> bool:
-  """Whether XLA's pool of pinned memory can hold these blocks, in bytes, allocated in this order.
+  """Return whether XLA's pool of pinned memory can hold blocks in this order.
 
-  A model of its allocator (tsl's BFCAllocator): it asks for regions of twice the size of the last,
-  up to what is left of the limit, and a block lies in one region, in the smallest gap that is large
+  This models XLA's allocator (tsl's BFCAllocator). Each new region is twice as large as the last,
+  up to the rest of the limit. A block is stored in one region, in the smallest gap that is large
   enough.
+
+  Args:
+    blocks: sizes in bytes.
+    limit: bytes of the whole pool.
   """
   gaps: list[int] = []
   left = limit
@@ -226,10 +241,10 @@ def pool_fits(blocks: Iterable[int], limit: int) -> bool:
 
 
 def pinned_limit() -> int:
-  """Return how many bytes of the host's memory XLA may pin for GPUs."""
+  """Return the bytes of host memory that XLA may pin for GPUs."""
   try:
     return int(os.environ[PINNED_LIMIT_ENV]) * GIB
-  except (KeyError, ValueError):  # XLA reads it in the same way
+  except (KeyError, ValueError):  # XLA falls back to its default in the same cases
     return DEFAULT_PINNED_BYTES
 
 
@@ -244,13 +259,13 @@ def _positive(number: float) -> int:
 
 
 def _cgroup_limits() -> list[int]:
-  """Return the memory limits of this process's control groups, which containers and SLURM set."""
+  """Return the memory limits of this process's control groups (containers, SLURM)."""
   try:
     groups = CGROUP_FILE.read_text().splitlines()
   except OSError:
     return []
   files = []
-  for line in groups:  # id:controllers:/path, the controllers empty in version 2
+  for line in groups:  # id:controllers:/path; version 2 has no controllers here
     group = Path(line.split(":", 2)[2].lstrip("/"))
     for folder in (group, *group.parents):
       files.append(CGROUP_ROOT / folder / "memory.max")
@@ -264,7 +279,7 @@ def _cgroup_limits() -> list[int]:
   return [limit for limit in limits if limit > 0]
 
 
-# ---- Is it the required device? ------------------------------------------------------------------
+# ---- The required device -------------------------------------------------------------------------
 
 
 def validate_require(platform: str | None) -> None:
@@ -274,12 +289,13 @@ def validate_require(platform: str | None) -> None:
 
 
 def require_device(platform: str | None) -> None:
-  """Start JAX; warn if it computes on the CPU of a machine that has an NVIDIA GPU.
+  """Start JAX; warn if it uses the CPU of a machine that has an NVIDIA GPU.
 
   Args:
-    platform: one of REQUIRE_CHOICES; None: any.
+    platform: one of REQUIRE_CHOICES; None for any.
 
-  Raises RequestError if JAX does not start, or computes on anything other than `platform`.
+  Raises:
+    RequestError: if JAX does not start, or uses another platform.
   """
   validate_require(platform)
   actual, reason = init_backend()
@@ -291,27 +307,30 @@ def require_device(platform: str | None) -> None:
 
 
 def cpu_warning(reason: str) -> str:
-  """Return the warning that JAX computes on the CPU for this reason."""
+  """Return the warning that JAX uses the CPU, with the reason."""
   has_gpu = "this machine has an NVIDIA GPU, but " if has_nvidia_gpu() else ""
   return f"{has_gpu}JAX computes on the CPU: {reason}"
 
 
 def init_backend() -> tuple[str, str]:
-  """Start JAX without its log; return the platform, and why it is the CPU if that is a surprise.
+  """Start JAX without its log.
 
-  The reason is "" if there is no accelerator, and JAX did not look for one. Raises RequestError if
-  JAX finds no device.
+  Returns:
+    The platform ("cpu", "gpu", "tpu"), and the reason if it is unexpectedly the CPU, else "".
+
+  Raises:
+    RequestError: if JAX finds no device.
   """
   with _capture_jax_log() as log:
     try:
       platform = jax.default_backend()
-    # AssertionError: a plugin of $JAX_PLATFORMS does not load.
+    # AssertionError: a plugin in $JAX_PLATFORMS does not load.
     except (RuntimeError, AssertionError) as error:
       reason = log[-1] if log else first_line(error)
       platforms = os.environ.get("JAX_PLATFORMS")
       setting = f" (JAX_PLATFORMS={platforms})" if platforms else ""
       raise RequestError(
-        f"JAX finds no device{setting}: {reason}; python -m jaxft.doctor shows what is installed"
+        f"JAX finds no device{setting}: {reason}; python -m jaxft.doctor checks the installation"
       ) from error
   if platform != "cpu":
     return platform, ""
@@ -321,12 +340,12 @@ def init_backend() -> tuple[str, str]:
 
 
 def cpu_override() -> str:
-  """Return which variable selects the CPU instead of an NVIDIA GPU, or ""."""
+  """Return the variable that selects the CPU instead of an NVIDIA GPU, or ""."""
   if (platforms := jax.config.values["jax_platforms"] or "").startswith("cpu"):
     return f"JAX_PLATFORMS={platforms} is set"
   visible = os.environ.get("CUDA_VISIBLE_DEVICES")
   if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
-    return f"CUDA_VISIBLE_DEVICES={visible!r} hides it"
+    return f"CUDA_VISIBLE_DEVICES={visible!r} hides the GPU"
   return ""
 
 
@@ -334,16 +353,16 @@ def _no_gpu_reason(log: list[str]) -> str:
   if not any(map(_has_module, CUDA_PLUGINS)):
     return 'JAX has no CUDA plugin; pip install "jaxft[cuda]"'
   if not _any_exists(NVIDIA_PATHS):
-    return "its driver is not loaded, or this container does not see it; nvidia-smi should list it"
-  reason = log[-1] if log else "JAX does not say why"
-  return f"CUDA does not start ({reason}); nvidia-smi should list the GPU"
+    return "its driver is not loaded, or not visible in this container; check with nvidia-smi"
+  reason = log[-1] if log else "JAX reports no reason"
+  return f"CUDA does not start ({reason}); check the GPU with nvidia-smi"
 
 
 @contextlib.contextmanager
 def _capture_jax_log() -> Generator[list[str]]:
-  """Collect one line for each record that JAX would log while it starts.
+  """Collect one line for each warning that JAX logs while it starts.
 
-  A plugin that does not load would be pages of traceback.
+  A plugin that does not load would print pages of traceback.
   """
   lines: list[str] = []
   logger = logging.getLogger("jax._src.xla_bridge")
@@ -365,7 +384,7 @@ def _capture_jax_log() -> Generator[list[str]]:
 
 
 def has_nvidia_gpu() -> bool:
-  """Whether Linux shows an NVIDIA GPU, with a driver or without."""
+  """Return whether Linux lists an NVIDIA GPU, with or without a driver."""
   return _any_exists(NVIDIA_PATHS) or any(map(_is_nvidia_display, glob.glob(PCI_DEVICES)))
 
 
@@ -377,7 +396,7 @@ def _is_nvidia_display(device: str) -> bool:
   return vendor == "0x10de" and kind.startswith("0x03")
 
 
-@functools.cache  # once in a process
+@functools.cache  # print each warning once per process
 def _warn(line: str) -> None:
   print(f"warning: {line}", file=sys.stderr, flush=True)
 

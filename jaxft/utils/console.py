@@ -1,4 +1,4 @@
-"""The console: log lines, progress bars, and text from files made safe to print."""
+"""The console: log lines, progress bars, and escaping of control characters."""
 
 import contextlib
 import errno
@@ -11,26 +11,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunConsole(Console):
-  """A console that survives the loss of its reader, where rich would end the run."""
+  """A console that survives the loss of its terminal; rich would end the run."""
 
   @property
   def live(self) -> bool:
     """Whether progress bars can be drawn.
 
-    rich takes a file for a terminal where FORCE_COLOR is set, as many CI services do.
+    `isatty` is checked too: with FORCE_COLOR, which many CI services set, rich treats a file as a
+    terminal.
     """
     return self.is_terminal and not self.is_dumb_terminal and self.file.isatty()
 
   def __exit__(self, exc_type: object, exc_value: object, traceback: object) -> None:
-    """End a piece of output, which is then written; all of rich's goes through here."""
+    """Write buffered output; rich calls this for everything that it prints."""
     try:
       super().__exit__(exc_type, exc_value, traceback)
     except OSError as error:
-      if error.errno != errno.EIO:  # only a lost terminal: a full disk may have room again
+      if error.errno != errno.EIO:  # EIO: the terminal is gone; other errors may be temporary
         raise
       self.on_broken_pipe()
 
   def on_broken_pipe(self) -> None:
+    """Discard all further output; rich calls this when the reader of a pipe is gone."""
     self.quiet = True
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -39,14 +41,14 @@ console = RunConsole(soft_wrap=True, highlight=False)
 
 
 def log(text: str) -> None:
-  """Print a line, without rich's markup and control characters: text comes from users' files."""
-  # The log may be on a full disk: the run goes on as long as its own files can be written.
+  """Print a line without markup and control characters: it may quote users' files."""
+  # The log may be on a full disk. This must not end the run while its own files can be written.
   with contextlib.suppress(OSError):
     console.print(escape_controls(text), markup=False)
 
 
 def escape_controls(text: str) -> str:
-  """Escape control characters other than newlines and tabs: some of them steer a terminal."""
+  """Escape control characters except newline and tab; some control a terminal."""
   return "".join(
     c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode()
     for c in text
@@ -54,7 +56,7 @@ def escape_controls(text: str) -> str:
 
 
 class ProgressBar:
-  """A progress bar on a terminal; nothing in a log."""
+  """A progress bar on a terminal; prints nothing to a file."""
 
   def __init__(self, label: str, total: int, done: int = 0):
     columns = (
@@ -75,4 +77,5 @@ class ProgressBar:
     self._bar.stop()
 
   def update(self, done: int, note: str = "", total: int | None = None) -> None:
+    """Show the number of completed items, and a note after the bar."""
     self._bar.update(self._task, completed=done, note=note, total=total)

@@ -1,6 +1,6 @@
-"""Repairs of a process's environment before anything else is imported: streams, home, width.
+"""Repairs of a process's environment before other imports: streams, home, width.
 
-And errors of libraries that cannot read an environment variable while they are imported.
+It also reports environment variables that make a library's import fail.
 """
 
 import os
@@ -11,15 +11,15 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-# Variables that a library may refuse while it is imported. Others, such as PATH, are words that
-# any message may contain.
+# Prefixes of variables that a library may reject during its import. Names of other variables, such
+# as PATH, may appear in any message.
 ENV_PREFIXES = ("JAX_", "XLA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "TF_")
 STREAMS = {"stdin": (0, "r"), "stdout": (1, "w"), "stderr": (2, "w")}
-MIN_COLUMNS = 40  # columns: below it rich cuts numbers
+MIN_COLUMNS = 40  # rich truncates numbers on a narrower terminal
 
 
 def setup() -> None:
-  """Give the process what its parent did not."""
+  """Repair streams, home and terminal width; call this before other imports."""
   _reopen_std_streams()
   _ensure_home()
   _ensure_min_width()
@@ -27,32 +27,32 @@ def setup() -> None:
 
 
 def quiet_transformers() -> None:
-  """Keep transformers from advising to install torch when it is imported."""
+  """Suppress the advice to install torch that transformers prints at import."""
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _reopen_std_streams() -> None:
   """Open the null device for each standard stream that was closed (`>&-`).
 
-  Otherwise the next file that is opened would get its number, and whatever a library prints
-  would be written into that file.
+  Otherwise the next opened file would get its descriptor, and output of libraries would be written
+  into that file.
   """
   closed = [name for name in STREAMS if getattr(sys, name) is None]
   for number in range(3):
     try:
-      os.fstat(number)  # Python has opened nothing of its own there
+      os.fstat(number)  # fails if the descriptor is closed
     except OSError:
-      os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+      os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is `number`
   for name in closed:
     number, mode = STREAMS[name]
     setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
 def _ensure_home() -> None:
-  """Set $HOME to a temporary folder of this user alone, if the user has no home.
+  """Set $HOME to a private temporary folder if the user has no home.
 
-  A container that runs as another user than its image has neither $HOME nor an entry in
-  /etc/passwd, and libraries would not find a folder for their caches.
+  A container that runs as a user unknown to its image has neither $HOME nor an entry in
+  /etc/passwd. Libraries would find no folder for their caches.
   """
   if os.environ.get("HOME"):
     return
@@ -63,13 +63,13 @@ def _ensure_home() -> None:
     try:
       home.mkdir(mode=0o700, exist_ok=True)
       own = home.lstat().st_uid == os.getuid() and not home.is_symlink()
-    except OSError:  # a file of that name
+    except OSError:  # a file has this name
       own = False
     os.environ["HOME"] = str(home) if own else tempfile.mkdtemp(prefix="jaxft-home-")
 
 
 def _ensure_min_width() -> None:
-  """Raise a small $COLUMNS, which is 0 in some containers and under expect."""
+  """Raise $COLUMNS if it is too small; it is 0 in some containers and under expect."""
   columns = os.environ.get("COLUMNS", "")
   if columns.isdecimal() and int(columns) < MIN_COLUMNS:
     os.environ["COLUMNS"] = str(MIN_COLUMNS)
@@ -78,9 +78,9 @@ def _ensure_min_width() -> None:
 def _env_error_hook(
   kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-  """End an import that fails on an environment variable in one line, with exit code 2.
+  """End the process with exit code 2 if a variable makes an import fail.
 
-  Such a variable is JAX_ENABLE_X64=maybe.
+  An example is JAX_ENABLE_X64=maybe.
   """
   message = str(error)
   variables = {name: it for name, it in os.environ.items() if name.startswith(ENV_PREFIXES)}
@@ -88,7 +88,7 @@ def _env_error_hook(
   named += [name for name, value in variables.items() if value and repr(value) in message]
   if kind is ValueError and named:
     culprit = f"{named[0]}={os.environ[named[0]]!r}: {' '.join(message.split())}"
-    print(f"error: {culprit}; unset it, or give it another value", file=sys.stderr)
+    print(f"error: {culprit}; unset the variable, or change its value", file=sys.stderr)
     sys.stderr.flush()
     os._exit(2)
   sys.__excepthook__(kind, error, trace)

@@ -1,4 +1,4 @@
-"""Files: atomic writes, caches, paths, and text that UTF-8 can hold."""
+"""Files: atomic writes, cache folders, paths, and checks of text."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxft.errors import RequestError, StorageError, first_line
 from jaxft.utils.types import Json
 
-# The address of a model or a data set on the hub, or of one of its pages or files.
+# The URL of a model or data set on the hub, or of one of its pages or files.
 HUB_URL = re.compile(
   r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?P<datasets>datasets/)?"
   r"(?P<id>[\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)(?:/|$))[\w.-]+)?)(?:[/?#].*)?",
@@ -23,7 +23,10 @@ LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 def atomic_write(file: Path, text: str) -> None:
   """Write under a temporary name, sync to disk, and rename.
 
-  A kill or a full disk leaves the previous file. Raises StorageError.
+  A kill or a full disk leaves the previous file intact.
+
+  Raises:
+    StorageError: if the file cannot be written.
   """
   partial = file.with_name(file.name + ".partial")
   try:
@@ -38,46 +41,48 @@ def atomic_write(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, content: Json) -> None:
-  """Write a JSON object with `atomic_write`; raises StorageError."""
+  """Write a JSON object with `atomic_write`; raise StorageError if that fails."""
   atomic_write(file, json.dumps(content, indent=2) + "\n")
 
 
 def json_sha256(content: Mapping[str, object]) -> str:
+  """Return the SHA-256 of an object as JSON with sorted keys."""
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_failure(file: Path, error: Exception) -> str:
-  """Say why a file could not be written, and how much room its disk has."""
+  """Return why a file could not be written, and the free space of its disk."""
   folder = next((folder for folder in file.absolute().parents if folder.exists()), Path("/"))
   free = shutil.disk_usage(folder).free
-  return f"{getattr(error, 'strerror', None) or error}; {free:,} bytes are free there"
+  return f"{getattr(error, 'strerror', None) or error}; {free:,} bytes are free on its disk"
 
 
 def cache_dir(name: str) -> Path:
   """Return XDG_CACHE_HOME/jaxft/NAME, or ~/.cache/jaxft/NAME.
 
-  Raises RequestError if the user has no home.
+  Raises:
+    RequestError: if the user has no home.
   """
   try:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / name
   except RuntimeError as error:
     raise RequestError(
-      f"this user has no home to keep caches in; set XDG_CACHE_HOME to a folder ({error})"
+      f"this user has no home folder for caches; set XDG_CACHE_HOME to a folder ({error})"
     ) from error
 
 
 def expand_user(path: str) -> str:
-  """Expand ~, which no shell expands in --x=~/y, unless a file has this very name."""
+  """Expand ~, which shells do not expand in --x=~/y, unless a file has this name."""
   return os.path.expanduser(path) if path.startswith("~") and not os.path.lexists(path) else path
 
 
 def reject_lfs_pointer(file: Path) -> None:
-  """Raise RequestError for a git-lfs pointer, which stands for a file that was not fetched."""
+  """Raise RequestError if the file is a git-lfs pointer without the content."""
   try:
     with file.open("rb") as stream:
       is_pointer = stream.read(len(LFS_HEADER)) == LFS_HEADER
   except OSError:
-    return  # whoever reads it reports the error
+    return  # the code that reads the file reports this error
   if is_pointer:
     raise RequestError(
       f"{file}: a git-lfs pointer, not the file itself; run git lfs pull in its folder"
@@ -85,7 +90,7 @@ def reject_lfs_pointer(file: Path) -> None:
 
 
 def exists(path: Path) -> bool:
-  """Whether a path exists; False too for a name that the file system cannot have."""
+  """Return whether a path exists; False if the file system cannot have such a name."""
   try:
     return path.exists()
   except OSError:
@@ -93,7 +98,10 @@ def exists(path: Path) -> bool:
 
 
 def is_encodable(text: str) -> bool:
-  """Whether UTF-8 can hold the text; not so for lone surrogates, of JSON escapes or stray bytes."""
+  """Return whether UTF-8 can encode the text.
+
+  Lone surrogates, from JSON escapes or invalid bytes, cannot be encoded.
+  """
   try:
     text.encode()
   except UnicodeEncodeError:
@@ -102,14 +110,17 @@ def is_encodable(text: str) -> bool:
 
 
 def read_json_object(file: Path, notes: list[str]) -> Json:
-  """Read the object in a .json file; if there is none, return {} and add a line to `notes`."""
+  """Read the object in a .json file; on failure return {} and add to `notes`.
+
+  A note is a sentence for the page of a run.
+  """
   try:
     content = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(content, dict):
       return content
-    notes.append(f"{file.name} holds no JSON object: what it tells is left out")
+    notes.append(f"{file.name} is not a JSON object; the page omits its content")
   except FileNotFoundError:
-    notes.append(f"There is no {file.name}: what it tells is left out")
+    notes.append(f"{file.name} does not exist; the page omits its content")
   except (OSError, ValueError, RecursionError) as error:
-    notes.append(f"{file.name} cannot be read ({first_line(error)}): what it tells is left out")
+    notes.append(f"{file.name} cannot be read ({first_line(error)}); the page omits its content")
   return {}

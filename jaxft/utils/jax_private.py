@@ -1,4 +1,4 @@
-"""Private JAX: everything that jaxft needs and that has no public name (jax 0.10 to 0.12)."""
+"""All uses of JAX's private API (jax 0.10 to 0.12)."""
 
 from typing import Any, TypeAlias
 
@@ -6,18 +6,19 @@ import jax
 from jax._src import clusters, distributed, xla_bridge
 from jaxlib.mlir import ir
 
-MemoryStats: TypeAlias = Any  # of `compiled.memory_analysis()`; its module has no stubs
+MemoryStats: TypeAlias = Any  # result of `compiled.memory_analysis()`; its module has no stubs
 
 
 def backends_are_initialized() -> bool:
-  """Whether JAX has looked for devices already, and read its environment."""
+  """Return whether JAX has started: it has read its environment and found devices."""
   return xla_bridge.backends_are_initialized()
 
 
 def distributed_state() -> distributed.State:
-  """The processes of `jax.distributed`: client (the key-value store), process_id, num_processes.
+  """Return the state of `jax.distributed`.
 
-  `jax.process_count()` would start JAX, whose environment may not be complete yet.
+  Its fields include `client` (the key-value store), `process_id` and `num_processes`.
+  `jax.process_count()` would start JAX, possibly before its environment is complete.
   """
   return distributed.global_state
 
@@ -25,16 +26,23 @@ def distributed_state() -> distributed.State:
 def detect_cluster(
   coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> tuple[str | None, int | None, int | None]:
-  """What `jax.distributed.initialize` learns from SLURM, Open MPI, Kubernetes or a TPU."""
+  """Fill in the arguments that are None from SLURM, Open MPI, Kubernetes or a TPU.
+
+  `jax.distributed.initialize` does the same. Raises any error of the detection.
+  """
   detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
   return detect(coordinator, num_processes, process_id, None, None, timeout)[:3]
 
 
 def pretend_cudnn(version: tuple[int, int], device: tuple[int, int]) -> None:
-  """Lets JAX trace cuDNN's attention without a GPU.
+  """Let JAX trace cuDNN's attention without a GPU.
 
-  JAX asks the library and the first device. XLA leaves the call in the compiled program as it is;
-  it does not know the workspace that cuDNN would take. `device` is the GPU's compute capability.
+  JAX would ask the library and the first device. XLA keeps the call in the compiled program, but
+  its memory figures lack cuDNN's workspace.
+
+  Args:
+    version: cuDNN version, (major, minor).
+    device: compute capability of the GPU, (major, minor).
   """
   from jax._src.cudnn import fused_attention_stablehlo as calls
 
@@ -47,5 +55,5 @@ def pretend_cudnn(version: tuple[int, int], device: tuple[int, int]) -> None:
 
 
 def stablehlo_module(lowered: jax.stages.Lowered) -> ir.Module:
-  """The MLIR module of a lowered program, to be changed before it is compiled."""
+  """Return the MLIR module of a lowered program, for edits before compiling."""
   return lowered._lowering.stablehlo()

@@ -1,4 +1,4 @@
-"""Removal of secrets from text: logins in addresses, parameters, and tokens of the hub."""
+"""Removal of secrets from text: logins in URLs, parameters, and hub tokens."""
 
 import re
 
@@ -9,5 +9,8 @@ PARAMETER = re.compile(rf"([?&][^=&\s]*(?:{SECRET_WORDS})[^=&\s]*=)[^&#\s]+", re
 
 
 def redact(text: str) -> str:
-  """Replace logins (https://user:password@host), parameters (?token=...) and hub tokens by ***."""
+  """Replace secrets by ***.
+
+  These are logins (https://user:password@host), parameters (?token=...) and hub tokens.
+  """
   return HUB_TOKEN.sub("***", PARAMETER.sub(r"\1***", LOGIN.sub("***@", text)))

@@ -1,4 +1,4 @@
-"""Numbers with their nouns, in messages and on pages."""
+"""Numbers with nouns, for messages and pages."""
 
 
 def format_count(number: float, noun: str) -> str:

@@ -64,9 +64,7 @@ class Tried(collections.Counter):
   """Counts what became of damage: refused or replaced, or harmless."""
 
   def row(self, what):
-    harmless = (
-      {"of them without effect on what is read": self["harmless"]} if self["harmless"] else {}
-    )
+    harmless = {"without effect on the data read": self["harmless"]} if self["harmless"] else {}
     return {"what": f"damage to {what}", "tried": self.total(), "sums": harmless}
 
 

@@ -83,7 +83,7 @@ def test_transient_read_error_is_not_damage(tmp_path):
   most = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, most[1]))
   try:
-    with pytest.raises(CheckpointReadError, match="1: cannot be read now .*nothing was changed"):
+    with pytest.raises(CheckpointReadError, match="1: cannot be read now .*left unchanged"):
       restore_latest(checkpoints, LIKE, 9, strict=False)
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, most)

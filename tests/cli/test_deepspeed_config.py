@@ -111,8 +111,8 @@ def test_recipe_configs_are_translated(config, stage, offload):
   assert len(keys) == len(set(keys)) == sum(1 for _ in deepspeed_config._leaves(config))
   became = {entry.key: entry.outcome for entry in found.entries}
   assert became["optimizer.params.lr"] == "auto: as the flags or their defaults say"
-  assert became[f"{ZERO}.overlap_comm"].startswith("nothing: ")
-  assert "in a line" in became["scheduler.type"] and "float32 elsewhere" in became["fp16.enabled"]
+  assert became[f"{ZERO}.overlap_comm"].startswith("no effect: ")
+  assert "linear warm-up" in became["scheduler.type"] and "else float32" in became["fp16.enabled"]
 
 
 ADAMW, DECAYING, COSINE = (
@@ -423,7 +423,11 @@ def test_batch_fields_are_parsed(rows, accumulation, batch):
     ({ZERO: "auto"}, f'{ZERO}="auto"', "such as stage"),
     ({"fp16": True}, "fp16=true", "such as enabled"),
     ({"fp16.enabled": 1}, "fp16.enabled=1", "true or false"),
-    ({"fp16.enabled": True, "bf16.enabled": True}, "bf16.enabled=true", "fp16.enabled is true too"),
+    (
+      {"fp16.enabled": True, "bf16.enabled": True},
+      "bf16.enabled=true",
+      "conflicts with fp16.enabled",
+    ),
     (
       {"fp16.fp16_master_weights_and_grads": True},
       "fp16.fp16_master_weights_and_grads=true",
@@ -518,7 +522,7 @@ def test_batch_fields_are_parsed(rows, accumulation, batch):
     (
       COSINE | {"scheduler.params.cos_min_ratio": 0.1},
       "scheduler.params.cos_min_ratio=0.1",
-      "which learning rate",
+      "an unknown learning rate",
     ),
     (
       COSINE | {"scheduler.params.warmup_min_ratio": 0.1},
@@ -615,13 +619,13 @@ def test_outcome_names_the_deciding_key():
       )
     ).entries
   }
-  assert became[f"{ZERO}.cpu_offload"] == "nothing: it is off"
+  assert became[f"{ZERO}.cpu_offload"] == "no effect: it is off"
   assert became[f"{ZERO}.offload_optimizer.device"] == became[f"{ZERO}.offload_param.device"]
   assert became[f"{ZERO}.offload_param.device"].startswith("--config.memory.offload=all ")
-  assert became["csv_monitor.job_name"] == "nothing: the run is called a"
+  assert became["csv_monitor.job_name"] == "no effect: the name of the run is a"
   assert became["fp16.enabled"] == "auto: bf16.enabled is true"
   assert became["optimizer.params.lr"].startswith(
-    "nothing: scheduler.params.warmup_max_lr is the peak"
+    "no effect: scheduler.params.warmup_max_lr is the peak"
   )
 
 
@@ -637,15 +641,14 @@ def test_format_table():
     },
   ).splitlines()
   assert lines == [
-    f"{ZERO}.stage      2  --config.mesh.zero_stage=2; --config.mesh.zero_stage=3 is given, and "
-    "wins",
-    "gradient_accumulation_steps  4  --config.train.batch_size is rows a device x 4 x devices; "
-    "--gradient_accumulation_steps=8 is given, and wins",
+    f"{ZERO}.stage      2  --config.mesh.zero_stage=2; overridden by --config.mesh.zero_stage=3",
+    "gradient_accumulation_steps  4  --config.train.batch_size is sequences per device x 4 x "
+    "devices; overridden by --gradient_accumulation_steps=8",
     "gradient_clipping            1  --config.optim.clip_norm=1.0",
   ]
   both = translated(nested(ADAMW | {"optimizer.params.betas": [0.8, 0.9]}))
   assert deepspeed_config.format_table(both.entries, {"optim.b2": "--adam_beta2=0.5"}).endswith(
-    "--config.optim.b1=0.8 --config.optim.b2=0.9; --adam_beta2=0.5 is given, and wins"
+    "--config.optim.b1=0.8 --config.optim.b2=0.9; overridden by --adam_beta2=0.5"
   )
   assert deepspeed_config.format_table([], {}) == ""
 
@@ -679,10 +682,10 @@ def test_file_syntax_is_that_of_deepspeed(tmp_path, text):
   [
     (b"", "not JSON: Expecting value: line 1"),
     ('{"fp16": {"enabled": true}\n"bf16": 1}', "not JSON: Expecting ',' delimiter: line 2"),
-    ("[1]", "[1] is no object"),
-    ("3", "3 is no object"),
-    ('{"zero_optimization": {"stage": 2, "stage": 2}}', "zero_optimization.stage: is there twice"),
-    ('{"fp16": {}, "fp16": {}}', "fp16: is there twice"),
+    ("[1]", "[1] is not an object"),
+    ("3", "3 is not an object"),
+    ('{"zero_optimization": {"stage": 2, "stage": 2}}', "zero_optimization.stage: occurs twice"),
+    ('{"fp16": {}, "fp16": {}}', "fp16: occurs twice"),
     ('{"gradient_clipping": NaN}', "gradient_clipping=NaN: not a finite number"),
     ('{"gradient_clipping": -Infinity}', "gradient_clipping=-Infinity: not a finite number"),
     ('{"gradient_clipping": 1e400}', "gradient_clipping=Infinity: not a finite number"),
@@ -693,7 +696,7 @@ def test_file_syntax_is_that_of_deepspeed(tmp_path, text):
     ('{"fp16": ' + "[" * 300 + "]" * 300 + "}", "fp16=[["),
     (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
     ('{"fp16": {}}'.encode("utf-16"), "byte 0 is not UTF-8"),
-    (b" " * 2**20 + b"{}", "1,048,578 bytes are no DeepSpeed config"),
+    (b" " * 2**20 + b"{}", "1,048,578 bytes; too large for a DeepSpeed config"),
   ],
 )
 def test_invalid_file_is_rejected_in_one_line(tmp_path, content, message):

@@ -71,32 +71,38 @@ def test_flag_prefixes_are_rejected(command):
     (["--num_samples", "3"], "--num_samples: no such flag; did you mean --num_return_sequences?"),
     (["-model", "x"], "-model: no such flag; did you mean --model?"),
     (["--top_", "3"], "--top_: no such flag; did you mean --top_k or --top_p?"),
-    (["--config.model.path=x"], "--config.model.path: no such flag; --help shows what there is"),
-    (["x", "y"], "'y': a word too many; give a text to complete as --prompt"),
+    (["--config.model.path=x"], "--config.model.path: no such flag; --help lists all flags"),
+    (["x", "y"], "'y': unexpected argument; use --prompt for text to complete"),
     (["x", "--top_k", "many"], "--top_k: invalid int value: 'many'"),
     (["x", "--do_sample=maybe"], "--do_sample: 'maybe': must be True or False"),
     (
       ["--prompt", "x"],
-      "--model is missing: name a Hugging Face folder or hub id, or a run with --workdir",
+      "--model is missing: set it to a Hugging Face folder or hub id, or set --workdir to a run",
     ),
-    (["x", "--workdir", "y"], "--model=x and --workdir=y: give one of them"),
-    (["x", "--model=y"], "MODEL=x and --model=y are one setting; give one of them"),
+    (["x", "--workdir", "y"], "--model=x and --workdir=y: use only one of them"),
+    (["x", "--model=y"], "MODEL=x and --model=y set the same value; use only one of them"),
     (
       ["--model_name_or_path=x", "--model", "y"],
-      "--model_name_or_path=x and --model=y are one setting; give one of",
+      "--model_name_or_path=x and --model=y set the same value; use only one of",
     ),
     (
       ["x", "--length=3", "--max-new-tokens=4"],
-      "--length=3 and --max_new_tokens=4 are one setting; give one of them",
+      "--length=3 and --max_new_tokens=4 set the same value; use only one of them",
     ),
-    (["x", "--k=3", "--top_k=4"], "--k=3 and --top_k=4 are one setting; give one of them"),
-    (["x", "--p=.3", "--top_p=.4"], "--p=0.3 and --top_p=0.4 are one setting; give one of them"),
+    (["x", "--k=3", "--top_k=4"], "--k=3 and --top_k=4 set the same value; use only one of them"),
+    (
+      ["x", "--p=.3", "--top_p=.4"],
+      "--p=0.3 and --top_p=0.4 set the same value; use only one of them",
+    ),
     (
       ["x", "--stop_token=a", "--stop_strings", "b"],
-      "--stop_token=a and --stop_strings=b are one setting",
+      "--stop_token=a and --stop_strings=b set the same value",
     ),
-    (["x", "--padding_text=a", "--prefix=b"], "--padding_text=a and --prefix=b are one setting"),
-    (["x", "--no_cuda", "--use_cpu=False"], "--no_cuda=True and --use_cpu=False are one setting"),
+    (["x", "--padding_text=a", "--prefix=b"], "--padding_text=a and --prefix=b set the same value"),
+    (
+      ["x", "--no_cuda", "--use_cpu=False"],
+      "--no_cuda=True and --use_cpu=False set the same value",
+    ),
   ],
 )
 def test_bad_arguments_are_rejected_in_one_line(words, message):
@@ -175,7 +181,7 @@ def test_model_flag_accepts_a_workdir(command, tmp_path, capsys):
   for words in ([run], ["--model", run], [f"--model_name_or_path={run}"]):
     found = getattr(parsers, command)().parse_args([*map(str, words), *more, "--step", "12"])
     assert (found.model, found.workdir, found.step) == (None, str(run), 12)
-    assert capsys.readouterr().err == f"--model={run}: a run, read as --workdir={run}\n"
+    assert capsys.readouterr().err == f"--model={run} is a run; using --workdir={run}\n"
   for change in (
     lambda it: (it / "model.safetensors").touch(),
     lambda it: (it / "config.json").write_text('{"model_type": "gpt2"}'),

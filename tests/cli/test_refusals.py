@@ -13,29 +13,29 @@ from jaxft.train import finetune
 FAULTS = {
   "typo": (
     ["--config.optim.learnig_rate=1"],
-    "config.optim.learnig_rate: there is no such setting; did you mean optim.learning_rate?",
+    "config.optim.learnig_rate: unknown setting; did you mean optim.learning_rate?",
   ),
   "no data": (
     ["--config.data.train=/nowhere/x.txt"],
     "data source '/nowhere/x.txt': no such file or folder",
   ),
-  "no model": (["--config.model.path={tmp}"], "no config.json in it"),
+  "no model": (["--config.model.path={tmp}"], "it has no config.json"),
   "no folder": (["--config.model.path=/nowhere/model"], "'/nowhere/model': no such folder"),
   "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
   "wrong type": (
     ["--config.train.batch_size=many"],
-    "--config.train.batch_size=many: 'many' is no whole number",
+    "--config.train.batch_size=many: 'many' is not a whole number",
   ),
   "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
-  "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
+  "broken config": (["--config={tmp}/broken.py"], "broken.py failed: NameError"),
   "mistyped flag": (["--wokdir=x"], "--wokdir: no such flag; did you mean --workdir?"),
   "stray word": (["x"], "'x': not a flag"),
   "one dash": (
     ["-config.optim.learnig_rate=1"],
-    "config.optim.learnig_rate: there is no such setting",
+    "config.optim.learnig_rate: unknown setting",
   ),
   "export over the run": (["--config.export.out={tmp}/w"], "the run itself is written there"),
-  "export over a file": (["--config.export.out={tmp}/broken.py"], "is no earlier export"),
+  "export over a file": (["--config.export.out={tmp}/broken.py"], "is not an earlier export"),
   "a long name": (["--config.data.train=" + 5000 * "x"], "no such file or folder"),
   "a name with blanks": (
     ["--config.data.train=my (1) file.txt"],
@@ -111,7 +111,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
     (
       ["jaxft.evaluate", "--data", "x"],
-      "--model is missing: name a Hugging Face folder or hub id, or a run",
+      "--model is missing: set it to a Hugging Face folder or hub id",
     ),
     (
       ["jaxft.export", "--modle", "{export}", "--out", "x"],
@@ -149,11 +149,11 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
     (
       ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--max_length", "1"],
-      "and --max_length=1 counts",
+      "and --max_length=1 includes",
     ),
     (
       ["jaxft.generate", "--model_type=gptj", "--model={export}", "--prompt=x"],
-      "config.json says gpt2; give",
+      "config.json has gpt2; set",
     ),
     (
       ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--top_p", "7"],
@@ -170,7 +170,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
     (
       ["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"],
-      "--step goes with --workdir",
+      "--step needs --workdir",
     ),
   ],
 )

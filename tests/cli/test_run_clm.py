@@ -129,7 +129,7 @@ def test_unsupported_flags_are_rejected(monkeypatch):
 
 # A command's own words -> settings that they come to, and the notes, by their beginnings.
 CASES = [
-  ("--fp16", {"model.compute_dtype": "auto"}, ["--fp16: float16 is not there yet"]),
+  ("--fp16", {"model.compute_dtype": "auto"}, ["--fp16: float16 is not supported"]),
   ("--bf16 False", {"model.compute_dtype": "float32"}, []),
   (
     "--gradient_checkpointing False --adafactor False --load_best_model_at_end False",
@@ -138,7 +138,11 @@ CASES = [
   ),
   ("--fp16 False", {"model.compute_dtype": "auto"}, []),
   ("--overwrite_cache", {}, []),
-  ("--use_fast_tokenizer False", {}, ["--use_fast_tokenizer=False: the fast tokenizer is read"]),
+  (
+    "--use_fast_tokenizer False",
+    {},
+    ["--use_fast_tokenizer=False: always uses the fast tokenizer"],
+  ),
   ("--no_use_fast_tokenizer", {}, ["--use_fast_tokenizer=False"]),
   ("--evaluation_strategy=steps --eval_steps 200", {"train.eval_every": 200}, []),
   ("--eval_strategy steps", {"train.eval_every": 500}, []),
@@ -147,7 +151,7 @@ CASES = [
   (
     "--eval_strategy epoch --eval_steps 7",
     {"train.eval_every": "epoch"},
-    ["--eval_steps=7: of no account"],
+    ["--eval_steps=7: ignored with the strategy epoch"],
   ),
   (
     "--save_strategy epoch --logging_strategy epoch",
@@ -162,7 +166,7 @@ CASES = [
   (
     "--logging_strategy no",
     {"train.log_every": 500},
-    ["--logging_strategy=no: metrics.jsonl is written"],
+    ["--logging_strategy=no: metrics.jsonl is still written"],
   ),
   ("--warmup_ratio 0.1", {"optim.warmup_ratio": 0.1}, []),
   ("--warmup_steps 0.1", {"optim.warmup_ratio": 0.1, "optim.warmup_steps": 0}, []),
@@ -171,11 +175,15 @@ CASES = [
     {"optim.warmup_steps": 5, "optim.warmup_ratio": 0.0},
     ["--warmup_ratio=0.1"],
   ),
-  ("--max_train_samples 9", {"data.limit_train": 9}, ["--max_train_samples=9: so many documents"]),
+  (
+    "--max_train_samples 9",
+    {"data.limit_train": 9},
+    ["--max_train_samples=9: uses this many documents"],
+  ),
   (
     "--max-eval-samples 9",
     {"data.limit_validation": 9},
-    ["--max_eval_samples=9: so many documents"],
+    ["--max_eval_samples=9: uses this many documents"],
   ),
   ("--tokenizer_name here", {"model.tokenizer": "here"}, []),
   (
@@ -186,26 +194,26 @@ CASES = [
   (
     "--dtype float16",
     {"model.param_dtype": "bfloat16"},
-    ["--torch_dtype=float16: weights are stored in bfloat16"],
+    ["--torch_dtype=float16: stores weights in bfloat16"],
   ),
   (
     "--torch_dtype auto",
     {"model.param_dtype": "float32"},
-    ["--torch_dtype=auto: weights are stored in float32"],
+    ["--torch_dtype=auto: stores weights in float32"],
   ),
   (
     "--logging_dir logs",
     {"tracking.logging_dir": "logs"},
-    ["--logging_dir=logs: of TensorBoard's files"],
+    ["--logging_dir=logs: only used with"],
   ),
   ("--logging_dir logs --report_to tensorboard", {"tracking.writers": ("tensorboard",)}, []),
-  ("--streaming", {}, ["--streaming: the data set is downloaded"]),
+  ("--streaming", {}, ["--streaming: downloads the data set"]),
   (
     "--seed 1 --seed 2",
     {"train.seed": 2, "data.shuffle_seed": 2},
     [
-      "--seed=1: given again, as 2, which counts",
-      "--seed=2: orders the rows and draws the held-out text too",
+      "--seed=1: overridden by --seed=2",
+      "--seed=2: also sets the order of sequences and the held-out split",
     ],
   ),
   ("--seed 1 --data_seed 2", {"train.seed": 1, "data.shuffle_seed": 2}, []),
@@ -214,12 +222,12 @@ CASES = [
   (
     "--lr_scheduler_type constant --warmup_steps 3",
     {"optim.warmup_steps": 0},
-    ["--warmup_steps=3: constant has no"],
+    ["--warmup_steps=3: ignored: the schedule constant has no"],
   ),
   (
     "--warmup_ratio 0.1 --lr_scheduler_type constant",
     {"optim.warmup_ratio": 0},
-    ["--warmup_ratio=0.1: constant has no"],
+    ["--warmup_ratio=0.1: ignored: the schedule constant has no"],
   ),
   ("--lr_scheduler_type constant_with_warmup --warmup_steps 3", {"optim.warmup_steps": 3}, []),
   ("--eval_strategy steps --config.train.eval_every=7", {"train.eval_every": 7}, []),
@@ -234,7 +242,7 @@ CASES = [
     [],
   ),
   ("--save_total_limit -1", {"train.keep": jaxft.config.MAX_INT}, []),
-  ("--bf16 False --fp16", {}, ["--fp16: float16 is not there yet"]),
+  ("--bf16 False --fp16", {}, ["--fp16: float16 is not supported"]),
   ("--no_bf16", {"model.compute_dtype": "float32"}, []),
   ("--dtype float16", {"model.compute_dtype": "auto"}, ["--torch_dtype=float16"]),
   ("--report_to mlflow,wandb", {"tracking.writers": ("mlflow", "wandb")}, []),
@@ -242,18 +250,18 @@ CASES = [
   (
     "--logging_first_step",
     {},
-    ["--logging_first_step=: weights are evaluated before the first step"],
+    ["--logging_first_step=: a run always evaluates before the first step"],
   ),
   ("--logging_first_step 0 --eval_on_start --disable_tqdm no --log_level passive", {}, []),
   (
     "--bf16_full_eval True --disable_tqdm 1",
     {},
-    ["--bf16_full_eval=True: an ev", "--disable_tqdm=1: a log"],
+    ["--bf16_full_eval=True: ev", "--disable_tqdm=1: a log"],
   ),
   (
     "--eval_on_start 0 --ddp_timeout 7200",
     {},
-    ["--eval_on_start=0: weights", "--ddp_timeout=7200: --peer_timeout"],
+    ["--eval_on_start=0: a run always", "--ddp_timeout=7200: --peer_timeout"],
   ),
   (
     "--label_smoothing_factor 0.0 --neftune_noise_alpha None --lr_scheduler_kwargs {} "
@@ -264,14 +272,14 @@ CASES = [
   (
     "--cache_dir here",
     {"data.cache_dir": "here/tokens"},
-    ["--cache_dir=here: for downloads and tokens"],
+    ["--cache_dir=here: used for downloads and the token cache"],
   ),
   ("--adafactor", {"optim.name": "adafactor"}, []),
   ("--local_rank=0 --trust_remote_code False", {}, []),
   (
     "--resume_from_checkpoint --config.train.seed=1 --workdir nowhere",
     {"train.seed": 1},
-    ["--resume_from_checkpoint: nowhere has no checkpoint, so a new run begins"],
+    ["--resume_from_checkpoint: nowhere has no checkpoint, so this starts a new run"],
   ),
 ]
 
@@ -308,7 +316,7 @@ def test_model_type_trains_from_scratch(monkeypatch, capsys):
   model = parsed(monkeypatch, *words.split()).config.model
   assert (model.path, model.init, model.tokenizer) == ("mine", "scratch", "mine")
   assert model.config_overrides == "model_type=gpt2,n_embd=1024,n_layer=48"
-  assert "new weights are drawn" in capsys.readouterr().err
+  assert "initializes new weights" in capsys.readouterr().err
   model = parsed(
     monkeypatch, *"--config_name sizes --tokenizer_name mine --train_file a.txt".split()
   ).config.model
@@ -326,7 +334,7 @@ def test_hub_dataset_uses_its_validation_split(monkeypatch, tmp_path, capsys):
   assert data.train == (f"hub:{tmp_path / 'small'}",) and data.validation == (
     f"hub:{tmp_path / 'small'}:validation",
   )
-  assert "evaluated on its split validation" in capsys.readouterr().err
+  assert "evaluates on the split validation" in capsys.readouterr().err
   (tmp_path / "small" / "validation.jsonl").unlink()
   assert parsed(monkeypatch, *words).config.data.validation == ()
 
@@ -342,8 +350,8 @@ def test_resume_accepts_only_the_latest_checkpoint(monkeypatch, tmp_path):
     )
   for wrong, message in (
     (tmp_path / "run" / "checkpoints" / "3", "not the newest checkpoint"),
-    (tmp_path / "theirs", "a checkpoint of transformers' Trainer; --model_name_or_path"),
-    ("False", "--overwrite_output_dir begins a new one"),
+    (tmp_path / "theirs", "a checkpoint of transformers' Trainer; .*--model_name_or_path"),
+    ("False", "use --overwrite_output_dir to start a new one"),
   ):
     with pytest.raises(RequestError, match=message):
       parsed(monkeypatch, *words, f"--resume_from_checkpoint={wrong}")
@@ -434,33 +442,33 @@ def test_deepspeed_batch_must_match_devices(monkeypatch, tmp_path, devices, fine
       (None, 4, 2),
       ["--config.train.batch_size=32"],
       (32, 0),
-      "--config.train.batch_size=32 is given, and wins",
+      "overridden by --config.train.batch_size=32",
     ),
     (
       (16, 4, 2),
       ["--config.train.batch_size", "32"],
       (32, 0),
-      "--config.train.batch_size=32 is given, and wins",
+      "overridden by --config.train.batch_size=32",
     ),
     ((16, None, None), ["--config.train.micro_batch_size=2"], (16, 2), ""),
     (
       (16, 8, None),
       ["--config.train.micro_batch_size=2"],
       (16, 2),
-      "--config.train.micro_batch_size=2 is given",
+      "overridden by --config.train.micro_batch_size=2",
     ),
     (
       (16, None, None),
       ["--gradient_accumulation_steps=4"],
       (32, 8),
-      "--gradient_accumulation_steps=4 is given",
+      "overridden by --gradient_accumulation_steps=4",
     ),
     ((None, None, 2), ["--per_device_train_batch_size=4"], (8, 4), ""),
     (
       (None, None, 2),
       ["--config={config}"],
       None,
-      "--deepspeed=.*: 2 accumulation steps of how many rows",
+      "--deepspeed=.*: 2 accumulation steps need a batch size",
     ),
   ],
 )
@@ -503,7 +511,7 @@ def test_flags_override_deepspeed_settings(monkeypatch, tmp_path, capsys, word):
   config = parsed(monkeypatch, *words).config
   rate, dtype = (1e-4, "auto") if word == "--fp16" else (3e-5, "bfloat16")
   assert (config.optim.learning_rate, config.model.compute_dtype) == (rate, dtype)
-  assert "is given, and wins" in " ".join(capsys.readouterr().err.split())
+  assert "overridden by" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -559,66 +567,66 @@ def test_flag_order_does_not_matter(monkeypatch, words):
 @pytest.mark.parametrize(
   "words, message",
   [
-    ("--do_train False", "this command trains"),
-    ("--do_eval", "this command trains"),
+    ("--do_train False", "this command always trains"),
+    ("--do_eval", "this command always trains"),
     ("--push_to_hub", "--push_to_hub: give --hub_model_id OWNER/NAME too"),
-    ("--eval_strategy epochs", "there is only no, steps and epoch"),
-    ("--model_type gpt2 --config_name x", "weights that are read have their own config.json"),
-    ("--fp16 --bf16", "--bf16 is given too"),
+    ("--eval_strategy epochs", "must be no, steps or epoch"),
+    ("--model_type gpt2 --config_name x", "pretrained weights have their own config.json"),
+    ("--fp16 --bf16", "conflicts with --bf16"),
     (
       "--learning_rate 1e-4 --config.optim.learning_rate=2e-4",
-      "--config.optim.learning_rate=2e-4 is given too",
+      "conflicts with --config.optim.learning_rate=2e-4",
     ),
     (
       "--num_train_epochs 3 --config.train.steps=5",
-      "--num_train_epochs=3: --config.train.steps=5 is given too",
+      "--num_train_epochs=3: conflicts with --config.train.steps=5",
     ),
     (
       "--max_steps 5 --config.train.epochs=2",
-      "--max_steps=5: --config.train.epochs=2 is given too",
+      "--max_steps=5: conflicts with --config.train.epochs=2",
     ),
-    ("--workdir=a --output_dir b", "--output_dir=b: --workdir=a is given too"),
-    ("--output_dir --do_train", "--output_dir: give a value"),
-    ("--learning_rate --do_train", "--learning_rate: give a value"),
-    ("--learning_rate fast", "--learning_rate=fast: give a number"),
-    ("--deepspeed nowhere.json", "nowhere.json: no such file; name a ds_config.json"),
-    ("--optim rmsprop", "there is only adamw_torch"),
-    ("--optim sgd", "--config.optim.name=sgd --config.optim.b1=0 is torch's SGD"),
+    ("--workdir=a --output_dir b", "--output_dir=b: conflicts with --workdir=a"),
+    ("--output_dir --do_train", "--output_dir: needs a value"),
+    ("--learning_rate --do_train", "--learning_rate: needs a value"),
+    ("--learning_rate fast", "--learning_rate=fast: must be a number"),
+    ("--deepspeed nowhere.json", "nowhere.json: no such file; give a ds_config.json"),
+    ("--optim rmsprop", "must be one of adamw_torch"),
+    ("--optim sgd", "--config.optim.name=sgd --config.optim.b1=0 for torch's SGD"),
     (
       "--learning_rate 1e-4 --config.optim.learning_rate 2e-4",
-      "--config.optim.learning_rate=2e-4 is given too",
+      "conflicts with --config.optim.learning_rate=2e-4",
     ),
-    ("--train_file a.txt --config.data.train v.txt", "--config.data.train=v.txt is given too"),
-    ("--seed 5 -config.train.seed 3", "--config.train.seed=3 is given too"),
-    ("--train_file a.txt --dataset_name a/b", "--train_file=a.txt is given too"),
-    ("--optim lion_32bit --adafactor", "--optim=lion_32bit is given too"),
-    ("--bf16 ture", "--bf16=ture: give True or False"),
-    ("--overwrite_cache banana", "--overwrite_cache=banana: give True or False"),
-    ("--do_train yess", "--do_train=yess: give True or False"),
+    ("--train_file a.txt --config.data.train v.txt", "conflicts with --config.data.train=v.txt"),
+    ("--seed 5 -config.train.seed 3", "conflicts with --config.train.seed=3"),
+    ("--train_file a.txt --dataset_name a/b", "conflicts with --train_file=a.txt"),
+    ("--optim lion_32bit --adafactor", "conflicts with --optim=lion_32bit"),
+    ("--bf16 ture", "--bf16=ture: must be True or False"),
+    ("--overwrite_cache banana", "--overwrite_cache=banana: must be True or False"),
+    ("--do_train yess", "--do_train=yess: must be True or False"),
     (
       "--eval_steps 0.1",
-      "--eval_steps=0.1: a share of the steps means nothing here; give a number of steps",
+      "--eval_steps=0.1: a share of all steps is not supported; set a number of steps",
     ),
     ("--eval_strategy steps --eval_steps 0", "--eval_steps=0: must be at least 1"),
     ("--max_train_samples 0", "--max_train_samples=0: must be at least 1"),
     (
       "--config x.py --eval_strategy steps",
-      "--eval_strategy=steps: how many.* give --eval_steps too",
+      "--eval_strategy=steps: needs a number of steps; give --eval_steps too",
     ),
     ("--group_by_length", "leaves no padding"),
     ("-seed 5", "-seed: no such flag; did you mean --seed"),
-    ("--deepspeed", "--deepspeed: give a value"),
+    ("--deepspeed", "--deepspeed: needs a value"),
     ("--config= --seed 3", "--config is missing"),
     (
       "--load_best_model_at_end --metric_for_best_model accuracy",
-      "--metric_for_best_model=accuracy: there is only eval_loss",
+      "--metric_for_best_model=accuracy: must be eval_loss",
     ),
-    ("--config x.py --gradient_accumulation_steps 2", "2 accumulation steps of how many rows"),
+    ("--config x.py --gradient_accumulation_steps 2", "2 accumulation steps need a batch size"),
     (
       "--per_device_train_batch_size 2 --config.train.batch_size=8",
-      "a batch by device is given too",
+      "conflicts with a batch per device",
     ),
-    ("--per_device_train_batch_size two", "give a whole number"),
+    ("--per_device_train_batch_size two", "must be a whole number"),
   ],
 )
 def test_incomplete_requests_are_rejected(monkeypatch, words, message):

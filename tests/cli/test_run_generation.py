@@ -66,8 +66,8 @@ def test_run_generation_command_is_translated(run, folder, ready):
   defaults = (
     "temperature=1.0, repetition_penalty=1.0, num_return_sequences=1, do_sample=True, seed=42"
   )
-  assert first == f"--model_type=gpt2: as run_generation.py has it: {defaults}"
-  assert second.startswith("--half: computed in bfloat16 where")
+  assert first == f"--model_type=gpt2: defaults of run_generation.py: {defaults}"
+  assert second.startswith("--half: computes in bfloat16 if")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_model_types_are_the_families(run):
     assert parsers.generate().parse_args(["m", "--model_type", name]).model_type == name.lower()
     with pytest.raises(
       RequestError,
-      match=f"--model_type={name.lower()}: .*config.json says gpt2; give --model_type=gpt2",
+      match=f"--model_type={name.lower()}: .*config.json has gpt2; set --model_type=gpt2",
     ):
       run("--model_type", name, "--prompt=x")
     assert family != "gpt2"
@@ -119,7 +119,7 @@ def test_documented_flags_exist():
 @pytest.mark.parametrize(
   "words, message",
   [
-    ("--early_stopping", "--early_stopping=True: beams go on until"),
+    ("--early_stopping", "--early_stopping=True: beam search continues until"),
     ("--use_cache=False", "--use_cache=False: keys and values"),
     ("--jit False", "--jit=False: every step is compiled"),
     ("--xlm_language en", "--xlm_language=en: XLM models"),
@@ -169,7 +169,7 @@ def test_empty_pipe_is_rejected(run, piped, message):
 
 def test_empty_prompt_file_is_rejected(run, tmp_path):
   (tmp_path / "none.txt").write_text(" \n\n")
-  with pytest.raises(RequestError, match="--prompt_file '.*none.txt': no line in it has a prompt"):
+  with pytest.raises(RequestError, match="--prompt_file '.*none.txt': contains no prompts"):
     run("--prompt_file", tmp_path / "none.txt", piped=b"a cat")
 
 
@@ -194,7 +194,7 @@ def test_stop_token_is_a_stop_string(run, ready):
     it._asdict() for it in ready.generate(["Once upon"], stop_strings=[stop], **how)
   ]
   assert (
-    output.err.startswith("--stop_token: as --stop_strings: the text ends with it")
+    output.err.startswith("--stop_token: same as --stop_strings: the text ends with it")
     and output.err.count("\n") == 1
   )
 
@@ -219,14 +219,14 @@ def test_text_ends_at_the_last_position(run, ready):
   output = run(*how, "--length=1000")
   assert completions(output) == [wanted._asdict()]
   assert (
-    f"--max_new_tokens=1000: a text ends at the model's {ready.source.cfg.P} positions\n"
+    f"--max_new_tokens=1000: texts end at the model's {ready.source.cfg.P} positions\n"
     in output.err
   )
 
 
 def test_overruled_length_is_noted_once(run):
   output = run("--json", "--max_length=30", "--max_new_tokens=3", "--prompt=x")
-  assert output.err == "--max_length=30: of no account, as --max_new_tokens=3 is given\n"
+  assert output.err == "--max_length=30: ignored, because --max_new_tokens=3 is given\n"
 
 
 def test_docs_have_the_generated_table():

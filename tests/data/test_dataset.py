@@ -246,7 +246,7 @@ def test_entropy_floor_is_nats_per_validation_token(tokenizer, tmp_path):
   assert data.entropy_floor == pytest.approx(6.5 / data.report["tokens"]["held_out"])
   with file.open("a") as more:
     more.write('{"text": "mat", "nats": "many"}\n')
-  with pytest.raises(RequestError, match="row 3: column 'nats' is no finite number"):
+  with pytest.raises(RequestError, match="row 3: column 'nats' is not a finite number"):
     prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), nats_column="nats")
 
 

@@ -68,7 +68,7 @@ def test_only_text_column_is_detected_and_logged(tmp_path, kind, name):
   found, lines = read(file, text_column=name)
   assert [example.text for example in found] == ["a cat 0", "a cat 1", "a cat 2"]
   assert lines == [
-    f"{file}: column 'Joke' is read, as config.data.text_column={name!r} is not there"
+    f"{file}: reading column 'Joke', because the data has no config.data.text_column={name!r}"
   ]
   assert read(file, text_column="Joke")[1] == []
 
@@ -77,7 +77,8 @@ def test_only_text_column_is_detected_and_logged(tmp_path, kind, name):
 def test_ambiguous_text_columns_are_an_error(tmp_path, kind):
   file = table(tmp_path, kind, [{"title": "a", "body": "b"}])
   with pytest.raises(
-    RequestError, match="row 1: no column 'text' .it has 'title', 'body'; config.data.text_column"
+    RequestError,
+    match="row 1: no column 'text' .columns: 'title', 'body'; set config.data.text_column",
   ):
     read(file)
 
@@ -99,7 +100,7 @@ def test_text_column_detection_probes_several_rows(tmp_path, content, expected):
       read(tmp_path / "a.csv")
   else:
     _, lines = read(tmp_path / "a.csv", on_bad_row="skip")
-    assert f"column {expected!r} is read" in lines[0]
+    assert f"reading column {expected!r}" in lines[0]
 
 
 def test_columns_are_resolved_per_file(tmp_path):
@@ -152,7 +153,7 @@ def test_label_column_is_not_taken_for_text(tmp_path):
 def test_utf16_without_encoding_is_an_error(tmp_path):
   (tmp_path / "a.csv").write_bytes("Joke\na cat\n".encode("utf-16"))
   with pytest.raises(
-    RequestError, match="a.csv: begins as UTF-16 does.* set config.data.encoding=utf-16"
+    RequestError, match="a.csv: looks like UTF-16.* set config.data.encoding=utf-16"
   ):
     read(tmp_path / "a.csv")
   assert [example.text for example in read(tmp_path / "a.csv", encoding="utf-16")[0]] == ["a cat"]
@@ -181,17 +182,17 @@ def test_text_template_is_learned_whole(tmp_path, tokenizer):
   file = table(tmp_path, "jsonl", [{"Prompt": "who?", "response": "me"}])
   (example,), lines = read(file, template="Question: {prompt}. Answer: {response}")
   assert example.text == "Question: who?. Answer: me" and example.prompt_chars == 0
-  assert lines == [f"{file}: column 'Prompt' is read for {{prompt}} of config.data.template"]
+  assert lines == [f"{file}: reading column 'Prompt' for {{prompt}} in config.data.template"]
   with pytest.raises(
-    RequestError, match="no column 'reply' .it has 'Prompt', 'response'; config.data.template"
+    RequestError, match="no column 'reply' .columns: 'Prompt', 'response'; set config.data.template"
   ):
     read(file, template="{prompt} {reply}")
   plain = tmp_path / "a.txt"
   plain.write_text("a cat")
   (example,), lines = read(plain, template="Question: {prompt}. Answer: {response}")
-  assert example.text == "a cat" and "so it is read as it is" in lines[0]
+  assert example.text == "a cat" and "so it is read without one" in lines[0]
   with pytest.raises(
-    RequestError, match="no column 'asked' .it has 'Prompt', 'response'; config.data.template"
+    RequestError, match="no column 'asked' .columns: 'Prompt', 'response'; set config.data.template"
   ):
     read(file, template="{asked}")
   # Evaluated on other text, a text that goes through no template.
@@ -316,7 +317,7 @@ def test_entropy_floor_needs_nats_of_every_document(tokenizer, tmp_path):
   assert data.entropy_floor and not lines
   data, lines = prepared(tokenizer, tmp_path, file, nats_column="bits")
   assert data.entropy_floor is None and lines == [
-    f"{file}: no column 'bits' (config.data.nats_column), so no floor of the loss"
+    f"{file}: no column 'bits' (config.data.nats_column); the entropy floor is unknown"
   ]
 
 
@@ -376,12 +377,12 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   )
   assert "| steps | 4 of 1 sequence of 32 tokens |" in (run.export / "README.md").read_text()
   assert (
-    "config.train.batch_size=8: the training text fills only 1 row, so each step takes all of it"
+    "config.train.batch_size=8: the training text fills only 1 row, so each step uses all of it"
     in output
   )
   assert (
     "config.optim.warmup_steps=50: more than the 4 steps of the run; "
-    "0 steps instead, a tenth of them" in output
+    "using 0 steps, a tenth of the run" in output
   )
   assert [line["step"] for line in run.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4]
   rates = [line["train/learning_rate"] for line in run.metrics if "train/loss" in line]
@@ -391,7 +392,7 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   # The same folder with more epochs goes on; with fewer, or another rate, it is another run.
   config.train.epochs = 6.0
   longer = finetune(config, tmp_path / "run")
-  assert "6 steps in all instead of 4: going on at step 4" in capsys.readouterr().out
+  assert "6 steps in total instead of 4: continuing at step 4" in capsys.readouterr().out
   assert [line["step"] for line in longer.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4, 5, 6]
   assert longer.metrics[-2]["train/learning_rate"] == pytest.approx(1e-3 / 6)
   for setting, value in (("epochs", 5.0), ("seed", 3)):
@@ -411,17 +412,17 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   assert {it.name for it in (tmp_path / "run.1").iterdir()} == before - {"run.lock"}
   assert load_workdir(tmp_path / "run.1").run[1] == 6
   assert (
-    "nothing is held out, so there is no eval loss" in output
-    and "no eval loss: nothing was held out\n" in output
+    "no text is held out, so this run has no eval loss" in output
+    and "no eval loss: no text was held out\n" in output
   )
   assert not any("eval/loss" in line for line in run.metrics)
   assert [line["step"] for line in run.metrics if "eval/unrelated_loss" in line] == [0, 1]
   assert (run.export / "model.safetensors").exists()
-  assert "| eval loss | none: nothing was held out |" in (run.export / "README.md").read_text()
+  assert "| eval loss | none: the run held out no text |" in (run.export / "README.md").read_text()
   assert (
     "Nothing was held out, so there is no eval loss." in (run.workdir / "report.html").read_text()
   )
-  with pytest.raises(RequestError, match="the run held nothing out; name a text with --data"):
+  with pytest.raises(RequestError, match="the run held out no text; name a text with --data"):
     load_workdir(run.workdir).evaluate_held_out()
   # What is refused moves nothing, and a link stays one.
   config.data.sequence_length = 4096
@@ -454,7 +455,7 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   } == {"run.lock"}
   (tmp_path / "run" / "checkpoints").mkdir()
   config.data.cache_dir = str(tmp_path / "run" / "tokens")
-  with pytest.raises(RequestError, match="lies in .*run, which would be moved aside"):
+  with pytest.raises(RequestError, match="is in .*run, which would be moved aside"):
     finetune(config, tmp_path / "run", overwrite=True)
 
 
@@ -477,7 +478,7 @@ def test_longer_run_reports_what_blocks_resume(config, tmp_path, capsys):
   config.train.steps = 30
   run = finetune(config, tmp_path / "run")
   assert (
-    "early_stopping_patience=1: no lower eval loss in as many evaluations"
+    "early_stopping_patience=1: the eval loss has not improved for this number of evaluations"
     in capsys.readouterr().out
   )
   last = run.metrics[-1]["step"]
@@ -491,7 +492,7 @@ def test_longer_run_reports_rows_it_has_passed(step, saved_rows, expected):
   about = {"rows_in_all": 266, "rows_of_step": 16}
   note = resume._masked_rows_note(meta, about, step)
   assert (
-    (f"left out of one epoch: {expected} rows that its last step had masked" in note)
+    (f"one epoch lacks {expected} rows, masked by the shorter run" in note)
     if expected
     else note == ""
   )
@@ -502,6 +503,7 @@ def test_keep_best_without_evaluations_is_rejected(config, tmp_path):
   config.data.train, config.data.format = (str(file),), "prompt_completion"
   config.train.eval_every, config.train.keep_best_metric = 1, "eval/loss"
   with pytest.raises(
-    RequestError, match="config.train.keep_best_metric='eval/loss': nothing is held out of 1 row"
+    RequestError,
+    match="config.train.keep_best_metric='eval/loss' needs held-out text, .* .1 row",
   ):
     finetune(config, tmp_path / "other")

@@ -115,7 +115,7 @@ def test_corrupt_cache_is_detected_and_rebuilt(tokenizer, tmp_path, stories):
     again, log = prepare(tokenizer, tmp_path, stories)
     # A manifest with a flipped bit may still say the same, or be taken for that of another text.
     if log:
-      assert len(log) == 1 and log[0].endswith("tokenising again") and log.tokenised == 120, kind
+      assert len(log) == 1 and log[0].endswith("tokenizing again") and log.tokenised == 120, kind
     assert log or file.name == "manifest.json", kind
     np.testing.assert_array_equal(again.train.tokens.ids, good.train.tokens.ids)
     assert again.report == good.report

@@ -292,10 +292,10 @@ def test_missing_process_is_named(config_file, tmp_path):
   alone = ProcessGroup(config_file, tmp_path / "alone", 2, "--start_timeout=3", present=(1,))
   assert several.codes(60) == [5, 5]
   for text in several.logs():
-    assert "error: process 1, 3 did not come within 12 s" in text and "Traceback" not in text
+    assert "error: process 1, 3 did not connect within 12 s" in text and "Traceback" not in text
   assert alone.codes(60) == [5]
   assert "waiting for 4 processes at 127.0.0.1" in several.logs()[0]
-  assert "to run alone: --num_processes=1" in several.logs()[0]
+  assert "to run a single process, pass --num_processes=1" in several.logs()[0]
   assert re.search(r"error: process 0 at 127.0.0.1:\d+ did not answer within 3 s", alone.logs()[0])
 
 
@@ -318,7 +318,7 @@ def test_different_config_of_process_names_key(config_file, tmp_path):
   several = ProcessGroup(config_file, tmp_path / "run", 2, only={1: ["--config.train.seed=5"]})
   assert several.codes(90) == [2, 2], several.logs()
   for text in several.logs():
-    assert "error: config.train.seed=5 on process 1: 0 on process 0; all must be the same" in text
+    assert "error: config.train.seed=5 on process 1: 0 on process 0; all processes must" in text
     assert "Traceback" not in text
   assert not (tmp_path / "run").exists()
 
@@ -347,7 +347,7 @@ def test_pod_without_permission_runs_alone(monkeypatch, capsys):
   """A Kubernetes pod that may not list the others runs alone, and logs that."""
   monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
   assert rendezvous.detect_processes(None, None, None, 1) is None
-  assert "JAX needs pip install kubernetes" in capsys.readouterr().out
+  assert "JAX needs a package: pip install kubernetes" in capsys.readouterr().out
 
   def forbidden(*_):
     raise RuntimeError("Kubernetes API Error: 403 - Forbidden\nand a page more")
@@ -357,7 +357,7 @@ def test_pod_without_permission_runs_alone(monkeypatch, capsys):
   advice = "several processes need --coordinator, --num_processes, --process_id"
   message = f"(Kubernetes API Error: 403 - Forbidden); {advice}\n"
   assert capsys.readouterr().out.endswith(message)
-  with pytest.raises(RequestError, match="looking for the other processes: Kubernetes API Error"):
+  with pytest.raises(RequestError, match="cannot find the other processes: Kubernetes API Error"):
     rendezvous.detect_processes(None, 2, None, 1)
   assert rendezvous.detect_processes(None, 1, None, 1) is None
 
@@ -409,7 +409,7 @@ def test_duplicate_process_id_and_port_scanners(config_file, tmp_path):
   finally:
     for peer in open_ones:
       peer.close()
-  assert all("--process_id=1: another process has it too" in text for text in several.logs())
+  assert all("--process_id=1: another process has the same id" in text for text in several.logs())
 
 
 def connects(port, line, open_ones):
@@ -477,7 +477,7 @@ def test_workdir_that_is_not_shared_is_refused(config_file, tmp_path):
   several = ProcessGroup(config_file, Path("run"), 2, homes=homes, log_file=tmp_path / "log")
   assert several.codes(120) == [2, 2], several.logs()
   assert all(
-    "--workdir='run', on one disk that all processes share=False on process 1" in t
+    "--workdir='run' (must be on a shared disk): visible=False on process 1" in t
     for t in several.logs()
   )
 

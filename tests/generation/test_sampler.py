@@ -120,9 +120,9 @@ def test_temperature_near_zero_is_greedy(ready):
 
 
 def test_prompts_must_be_a_list_of_text(ready):
-  with pytest.raises(RequestError, match="give a list of texts"):
+  with pytest.raises(RequestError, match="must be a list of texts"):
     ready.generate("abc")
-  with pytest.raises(RequestError, match=r"prompt '\\udcff': not valid text"):
+  with pytest.raises(RequestError, match=r"prompt '\\udcff': not valid UTF-8 text"):
     ready.generate(["\udcff"])
 
 
@@ -306,31 +306,31 @@ def test_generation_config_limits_match_transformers(
       {},
       dict(max_length=30, max_new_tokens=5),
       dict(max_length=0, max_new_tokens=5),
-      ["--max_length=30: of no"],
+      ["--max_length=30: ignored"],
     ),
     (
       {},
       dict(min_length=3, min_new_tokens=0),
       dict(min_length=0),
-      ["--min_length=3: of no account, as --min_new_t"],
+      ["--min_length=3: ignored, because --min_new_t"],
     ),
     (
       dict(max_length=20),
       dict(max_new_tokens=5),
       dict(max_length=0),
-      ["max_length=20: of no account, as --max_new"],
+      ["max_length=20: ignored, because --max_new"],
     ),
     (
       dict(max_new_tokens=50),
       dict(max_length=20),
       dict(max_length=20),
-      ["max_new_tokens=50: of no account, as --ma"],
+      ["max_new_tokens=50: ignored, because --ma"],
     ),
     (
       dict(max_length=9, max_new_tokens=50),
       {},
       dict(max_length=0),
-      ["max_length=9: of no account, as max_new_tokens"],
+      ["max_length=9: ignored, because the file sets max_new_tokens"],
     ),
     (dict(max_length=20), dict(max_length=0), dict(max_length=0, max_new_tokens=100), []),
     (dict(max_new_tokens=7), dict(max_length=0), dict(max_new_tokens=7), []),
@@ -344,7 +344,7 @@ def test_generation_config_limits_match_transformers(
       dict(do_sample=True),
       dict(do_sample=False, temperature=0.5),
       dict(temperature=0.0),
-      ["--temperature=0.5: of no"],
+      ["--temperature=0.5: ignored"],
     ),
     (dict(do_sample=False, temperature=0.5), dict(do_sample=True), dict(temperature=0.5), []),
   ],
@@ -364,7 +364,7 @@ def test_overridden_limits_are_reported(tmp_path, says, given, wanted, warnings)
     (
       {},
       dict(max_length=4),
-      r"prompt 2 has \d+ tokens, and --max_length=4 counts them too; give --max_length=\d+ or more",
+      r"prompt 2 has \d+ tokens, and --max_length=4 includes them; set --max_length=\d+ or more",
     ),
     (
       dict(max_length=4),
@@ -377,17 +377,17 @@ def test_overridden_limits_are_reported(tmp_path, says, given, wanted, warnings)
     (
       {},
       dict(min_length=70, max_new_tokens=9),
-      r"prompt 1 has 1 tokens: --min_length=70 wants 69 more, .*=9 leaves 9;",
+      r"prompt 1 has 1 tokens: --min_length=70 needs 69 new ones, .*=9 allows only 9;",
     ),
     (
       {},
       dict(min_new_tokens=29, max_length=30),
-      r"prompt 2 has \d+ tokens: --min_new_tokens=29 .*--max_length=30 leaves",
+      r"prompt 2 has \d+ tokens: --min_new_tokens=29 .*--max_length=30 allows",
     ),
     (
       {},
       dict(min_new_tokens=71),
-      r"prompt 2 .*--min_new_tokens=71 wants 71 more, and the model's 71 positions leave",
+      r"prompt 2 .*--min_new_tokens=71 needs 71 new ones, but the model's 71 positions allow",
     ),
     ({}, dict(do_sample=True, temperature=0), "--do_sample=True: --temperature=0"),
     (
@@ -395,7 +395,7 @@ def test_overridden_limits_are_reported(tmp_path, says, given, wanted, warnings)
       dict(do_sample=True),
       r"--do_sample=True: --temperature=0.0 .*has temperature=0.0\)",
     ),
-    ({}, dict(do_sample=True, num_beams=2), "--do_sample=True: --num_beams=2 are not drawn"),
+    ({}, dict(do_sample=True, num_beams=2), "--do_sample=True: --num_beams=2 is deterministic"),
     ({}, dict(max_length=-1), "--max_length=-1: must be 0"),
   ],
 )
@@ -521,7 +521,9 @@ def test_invalid_sampling_is_refused(ready, wrong):
 
 
 def test_prompt_without_room_is_refused(ready):
-  with pytest.raises(RequestError, match=r"prompt 2 has \d+ tokens and the model 71 positions"):
+  with pytest.raises(
+    RequestError, match=r"prompt 2 has \d+ tokens, but the model has only 71 positions"
+  ):
     ready.generate(["a", "cat dog " * 60])
 
 
@@ -606,7 +608,7 @@ def test_generation_config_json_is_respected(folder, tmp_path):
     with pytest.raises(RequestError, match=message):
       says(**wrong).generate(PROMPTS)
   (model / "generation_config.json").write_text("[")
-  with pytest.raises(RequestError, match="not JSON"):
+  with pytest.raises(RequestError, match="cannot be read as JSON"):
     pretrained.load(model).generate(PROMPTS)
 
 

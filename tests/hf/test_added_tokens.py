@@ -35,7 +35,8 @@ def roles_folder(folder, tmp_path_factory):
   done = processes.run("jaxft.tokenizer", "--model", folder, "--add", *ADD, "--out", out)
   assert f"{BEGIN} is {BEGIN_ID}, {PAD} is {PAD_ID}, {TITLE} is {TITLE_ID}" in done.stdout
   assert (
-    f"begins with {BEGIN!r}, as a prompt then should; transformers pads with {PAD!r}" in done.stdout
+    f"begins with {BEGIN!r}; begin prompts with it too; transformers pads with {PAD!r}"
+    in done.stdout
   )
   return out
 
@@ -243,11 +244,11 @@ def test_parse_token_spec_roles_and_refusals():
   assert added_tokens.parse_token_spec("pad=a=b") == ("a=b", "pad")
   for role in ("unk", "sep", "cls", "mask"):
     with pytest.raises(
-      RequestError, match=rf"--add '{role}=<x>': the roles are bos, eos, pad, .* give '<x>' alone"
+      RequestError, match=rf"--add '{role}=<x>': .* only bos, eos, pad; give '<x>' alone"
     ):
       added_tokens.parse_token_spec(f"{role}=<x>")
   for value in ("", "pad="):
-    with pytest.raises(RequestError, match="must be a text"):
+    with pytest.raises(RequestError, match="must be TOKEN or ROLE=TOKEN"):
       added_tokens.parse_token_spec(value)
 
 
@@ -268,10 +269,10 @@ def test_role_of_existing_token_keeps_embeddings(roles_folder, folder, tmp_path)
     ], name
   plain = repo.resolve(str(folder))
   for values, message in (
-    (["pad=t"], "--add 'pad=t': a token that texts are made of"),
-    (["eos=Ġt"], "--add 'eos=Ġt': a token that texts are made of"),
-    (["pad=<a>", "pad=<b>"], "--add 'pad=<b>': pad is '<a>' already"),
-    (["pad=<a>", "<a>"], "--add '<a>': a token already"),
+    (["pad=t"], "--add 'pad=t': an ordinary token"),
+    (["eos=Ġt"], "--add 'eos=Ġt': an ordinary token"),
+    (["pad=<a>", "pad=<b>"], "--add 'pad=<b>': the role pad is already given to '<a>'"),
+    (["pad=<a>", "<a>"], "--add '<a>': the tokenizer already has this token"),
   ):
     with pytest.raises(RequestError, match=message):
       added_tokens.add_tokens(plain, values, tmp_path / "none")
@@ -282,7 +283,8 @@ def test_role_of_existing_token_keeps_embeddings(roles_folder, folder, tmp_path)
   about["post_processor"] = json.loads(begins.__getstate__())
   (itself.folder / "tokenizer.json").write_text(json.dumps(about))
   with pytest.raises(
-    RequestError, match=r"--add 'bos=<x>': .* itself begins each text with '<\|endoftext\|>'; take"
+    RequestError,
+    match=r"--add 'bos=<x>': .* already begins each text with '<\|endoftext\|>'",
   ):
     added_tokens.add_tokens(itself, ["bos=<x>"], tmp_path / "none")
   both, ids, _ = added_tokens.add_tokens(plain, ["pad=<x>", "bos=<x>"], tmp_path / "both")

@@ -9,7 +9,7 @@ import tiny
 import jaxft
 import jaxft.config
 from jaxft.errors import RequestError
-from jaxft.hf import base_model
+from jaxft.hf import base_model, repo
 from jaxft.train import finetune
 
 
@@ -34,13 +34,13 @@ def test_config_overrides_have_config_json_types(folder):
 @pytest.mark.parametrize(
   "overrides, message",
   [
-    ("n_emb=16", "'n_emb' is no key of .*; did you mean n_embd"),
-    ("n_embd=many", "n_embd=many: must be a number, as 40 is"),
+    ("n_emb=16", "has no key 'n_emb'; did you mean n_embd"),
+    ("n_embd=many", "n_embd=many: must be a number, like the default 40"),
     ("n_embd=1.5", "n_embd=1.5: must be a number"),
     ("n_embd=True", "n_embd=True: must be a number"),
     ("tie_word_embeddings=1", "must be True or False"),
     ("n_embd=41", "config_overrides='n_embd=41'"),
-    ("model_type=gptj", "model_type=gptj: .* is of a gpt2"),
+    ("model_type=gptj", "model_type=gptj: .* describes a gpt2"),
   ],
 )
 def test_impossible_config_overrides_are_refused(folder, overrides, message):
@@ -63,9 +63,26 @@ def test_separate_tokenizer_is_used_and_exported(config, folder, tmp_path):
 
 @pytest.mark.parametrize(
   "name, message",
-  [("gone", "no tokenizer.json, vocab.json in it"), ("nobody/here", "the hub gave none")],
+  [
+    ("gone", "found no tokenizer.json or vocab.json"),
+    ("nobody/here", "the download from the hub failed"),
+  ],
 )
 def test_missing_tokenizer_is_refused(folder, tmp_path, name, message):
   (tmp_path / "gone").mkdir()
   with pytest.raises(RequestError, match=f"config.model.tokenizer=.*{message}"):
     base_model.resolve(model(folder, tokenizer=str(tmp_path / name) if name == "gone" else name))
+
+
+def test_folder_of_a_run_is_refused_with_its_export(folder, tmp_path):
+  (tmp_path / "config.json").write_text(jaxft.config.to_json(jaxft.config.default()))
+  command = f"python -m jaxft.export --workdir {tmp_path} --out {tmp_path}/export"
+  with pytest.raises(RequestError, match=f"the folder of a run, not of a model; .*{command}"):
+    jaxft.load(tmp_path)
+  shutil.copytree(folder, tmp_path / "export")
+  with pytest.raises(RequestError, match=f"give its export, '{tmp_path}/export'"):
+    jaxft.load(tmp_path)
+  assert "give its export" in repo.validate_model(str(tmp_path))[0]
+  (tmp_path / "config.json").unlink()
+  (tmp_path / "run.model").mkdir()
+  assert "give its export" in repo.validate_model(str(tmp_path))[0]

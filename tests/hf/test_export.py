@@ -181,7 +181,7 @@ def without(name):
     (without("transformer.h.1.mlp.c_fc.bias"), "'h.1.mlp.c_fc.bias' is missing"),
     (
       lambda t: t | {"transformer.h.3.ln_1.bias": t["transformer.ln_f.bias"]},
-      "'h.3.ln_1.bias' does not belong in a gpt2",
+      "a gpt2 model of 3 layers has no tensor 'h.3.ln_1.bias'",
     ),
     (
       lambda t: t | {"transformer.wpe.weight": t["transformer.wpe.weight"][:-1].copy()},
@@ -193,7 +193,7 @@ def without(name):
     ),
     (
       lambda t: t | {"wte.weight": t["transformer.wte.weight"]},
-      "'wte.weight' is there with and without",
+      "'wte.weight' occurs both with and without",
     ),
     (
       lambda t: t | {"transformer.wte.weight": t["transformer.wte.weight"].astype(np.float64)},
@@ -213,7 +213,7 @@ def test_mismatched_weights_are_named(folder, tmp_path, change, message):
     (dict(add_cross_attention=True), "add_cross_attention"),
     (dict(activation_function="relu"), "activation_function='relu'"),
     (dict(n_layer=10**9), "n_layer=1000000000"),
-    (dict(n_embd=0), "n_embd=0 is no size"),
+    (dict(n_embd=0), "n_embd=0 must be an integer"),
     (dict(n_head=5.0), "'n_head': .* expected int"),
     (dict(model_type=[]), "model_type=.. is not supported"),
     (dict(layer_norm_epsilon=-1.0), "layer_norm_epsilon=-1.0"),
@@ -221,7 +221,7 @@ def test_mismatched_weights_are_named(folder, tmp_path, change, message):
     (dict(quantization_config={}), "quantization_config={}"),
     (
       dict(model_type="gpt_neo", attention_types=[[["global"], 10**9]]),
-      "attention_types names more layers",
+      "attention_types has too many layers",
     ),
     (dict(n_head=7), "n_embd=40 is not divisible by n_head=7"),
     (dict(vocab_size="x"), "'vocab_size': .* expected int"),
@@ -277,29 +277,29 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
 
   weights = (folder / "model.safetensors").read_bytes()
   refused(
-    "model.safetensors: not a safetensors",
+    "model.safetensors: not a valid safetensors",
     "short",
     lambda f: (f / "model.safetensors").write_bytes(weights[:-5]),
   )
   refused(
-    "model.safetensors: not a safetensors",
+    "model.safetensors: not a valid safetensors",
     "giant",
     lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64),
   )
   refused("config.json", "no_json", lambda f: (f / "config.json").write_text("{"))
   refused(
-    "config.json: not an ordinary file",
+    "config.json: not a regular file",
     "pipe",
     lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
   )
   refused("tokenizer.json: .* too many", "huge", lambda f: os.truncate(f / "tokenizer.json", 2**31))
   refused(
-    "merges.txt: a link that leads out",
+    "merges.txt: a link to a file outside",
     "link",
     lambda f: (f / "merges.txt").symlink_to("/etc/hostname"),
   )
   refused(
-    "'n_embd' is in it twice",
+    "it has the key 'n_embd' twice",
     "twice",
     lambda f: (f / "config.json").write_text('{"n_embd": 8, "n_embd": 9}'),
   )
@@ -349,7 +349,9 @@ def test_export_replaces_only_earlier_exports(folder, tmp_path):
     tmp_path,
     tmp_path / ("x" * 5000),
   ):
-    with pytest.raises(RequestError, match="no earlier export|File name too long|was started"):
+    with pytest.raises(
+      RequestError, match="not an earlier export|File name too long|current folder"
+    ):
       export.export_model(out, params, checkpoint)
   assert (tmp_path / "notes" / "mine.txt").read_text() == "x"
   neighbours = [tmp_path / f"out{end}" for end in (".old", ".partial")] + [
@@ -378,7 +380,7 @@ def test_export_that_differs_is_discarded(folder, tmp_path, monkeypatch):
     return real(folder)
 
   monkeypatch.setattr(load_weights, "list_tensors", flip_one_bit)
-  with pytest.raises(StorageError, match="'transformer.wpe.weight' read back differs"):
+  with pytest.raises(StorageError, match="'transformer.wpe.weight' differs when read back"):
     export.export_model(tmp_path / "out", params, checkpoint)
   assert not (tmp_path / "out").exists()
 
@@ -406,7 +408,7 @@ def test_export_recovers_from_kill_between_renames(folder, tmp_path, monkeypatch
 
   with monkeypatch.context() as failing:
     failing.setattr(export, "_write_safetensors", fails)
-    with pytest.raises(StorageError, match="what was there before has not been changed"):
+    with pytest.raises(StorageError, match="an earlier export is unchanged"):
       export.export_model(out, params, checkpoint, card="third")
   assert (out / "README.md").read_text() == "first" and [
     file.name for file in tmp_path.iterdir()
@@ -452,12 +454,12 @@ def test_unused_files_of_a_folder_are_ignored(folder, tmp_path):
   export.export_model(tmp_path / "out", params, checkpoint)
   with (other / "merges.txt").open("wb") as sparse:
     sparse.truncate(repo.MAX_TEXT_BYTES + 1)
-  with pytest.raises(RequestError, match="merges.txt: .* bytes are too many"):
+  with pytest.raises(RequestError, match="merges.txt: too large: .* bytes"):
     load_folder(other)
   (other / "merges.txt").unlink()
   (other / "model.safetensors").rename(tmp_path / "shared")
   (other / "model.safetensors").symlink_to(tmp_path / "shared")
-  with pytest.raises(RequestError, match="a link that leads out of this folder; copy .*: cp -rL "):
+  with pytest.raises(RequestError, match="a link to a file outside this folder; copy .*: cp -rL "):
     load_folder(other)
 
 
@@ -476,7 +478,7 @@ def test_unread_weight_formats_may_be_broken(folder, tmp_path):
     load_folder(other)
   (other / "flax_model.msgpack").unlink()
   os.mkfifo(other / "model.safetensors")
-  with pytest.raises(RequestError, match="model.safetensors: not an ordinary file"):
+  with pytest.raises(RequestError, match="model.safetensors: not a regular file"):
     load_folder(other)
 
 
@@ -498,9 +500,9 @@ def test_hub_url_error_names_the_id():
       repo.validate_model(address)[0],
       str(pytest.raises(RequestError, repo.resolve, address).value),
     ):
-      assert message.endswith("an address; give the id alone: gpt2")
+      assert message.endswith("this is a URL; give only the id: gpt2")
   assert repo.validate_model("https://huggingface.co/EleutherAI/gpt-neo-125m")[0].endswith(
-    "alone: EleutherAI/gpt-neo-125m"
+    "only the id: EleutherAI/gpt-neo-125m"
   )
   for rest in (
     "?x=1",
@@ -509,9 +511,11 @@ def test_hub_url_error_names_the_id():
     "/blob/main/config.json",
     "/tree",
   ):
-    assert repo.validate_model(f"https://HuggingFace.co/gpt2{rest}")[0].endswith("alone: gpt2")
-  assert repo.validate_model("hf://gpt2")[0].endswith("alone: gpt2")
-  assert "of a data set" in repo.validate_model("https://huggingface.co/datasets/imdb")[0]
+    assert repo.validate_model(f"https://HuggingFace.co/gpt2{rest}")[0].endswith(
+      "only the id: gpt2"
+    )
+  assert repo.validate_model("hf://gpt2")[0].endswith("only the id: gpt2")
+  assert "the URL of a dataset" in repo.validate_model("https://huggingface.co/datasets/imdb")[0]
 
 
 def test_folder_named_like_hub_url_is_local(folder, tmp_path, monkeypatch):
@@ -531,7 +535,8 @@ def test_float16_overflow_is_refused_before_writing(folder, tmp_path):
     lambda path, x: x.at[1].mul(1e8) if is_up(path) else x, params
   )
   with pytest.raises(
-    RequestError, match=r"h\.1\.mlp\.c_fc\.weight has a weight of .* and float16 ends at 65504"
+    RequestError,
+    match=r"h\.1\.mlp\.c_fc\.weight has a weight of .*, beyond float16's maximum of 65504",
   ):
     export.export_model(tmp_path / "out", params, checkpoint, dtype="float16")
   assert not list(tmp_path.iterdir())
@@ -544,7 +549,7 @@ def test_float16_overflow_is_refused_before_writing(folder, tmp_path):
   with pytest.raises(RequestError, match="c_fc.bias has a weight of nan"):
     export.export_model(tmp_path / "out", change(float("nan")), checkpoint, dtype="float16")
   with pytest.raises(
-    RequestError, match="logits of the model in memory are no numbers: a weight is NaN or infinite"
+    RequestError, match="logits of the model in memory are not finite: a weight is NaN or infinite"
   ):
     export.export_model(tmp_path / "out", change(float("nan")), checkpoint)
 

@@ -224,7 +224,7 @@ def test_evaluate_generate_and_export_commands(finished, stories, tmp_path):
   with prompts.open() as piped:
     done = run("jaxft.generate", workdir, "--max-new-tokens", 2, "--json", stdin=piped)
   assert [c["prompt"] for c in json.loads(done.stdout)["completions"]] == ["a cat", "the dog"]
-  assert f"--model={workdir}: a run, read as --workdir={workdir}" in done.stderr.splitlines()
+  assert f"--model={workdir} is a run; using --workdir={workdir}" in done.stderr.splitlines()
   run(
     "jaxft.export",
     "--workdir",

@@ -99,7 +99,7 @@ def test_evaluate_held_out_uses_the_runs_validation_set(finished):
 
 
 def test_evaluate_held_out_needs_a_run(folder):
-  with pytest.raises(RequestError, match="no run, so nothing was held out"):
+  with pytest.raises(RequestError, match="not a run, so it has no held-out text"):
     pretrained.load(folder).evaluate_held_out()
 
 
@@ -124,7 +124,7 @@ def test_evaluate_command_takes_a_layout(folder, stories, monkeypatch, capsys):
   assert found == ready.evaluate(stories, sequence_length=32, layout="pad")
   assert found["loss"] != ready.evaluate(stories, sequence_length=32)["loss"]
   monkeypatch.setattr(sys, "argv", ["jaxft.evaluate", "--workdir", "x", "--layout", "pad"])
-  with pytest.raises(RequestError, match="--layout=pad: goes with --data"):
+  with pytest.raises(RequestError, match="--layout=pad: requires --data"):
     evaluate.main()
 
 

@@ -83,5 +83,5 @@ def test_disk_filled_by_others_loses_nothing(
   assert code == 0, said
   assert_same(run, undisturbed[0])
   record_property(
-    "torture", {"what": "disk full: a small tmpfs, filled while the run goes on", "tried": 2}
+    "torture", {"what": "disk full: a small tmpfs, filled during the run", "tried": 2}
   )

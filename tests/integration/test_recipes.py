@@ -357,9 +357,9 @@ def test_added_tokens_are_learned_and_exported(marked, tmp_path):
 
 def test_invalid_added_tokens_are_refused(small, tmp_path):
   for more, message in (
-    (["--model", small, "--add", "<a>", "<a>"], "--add '<a>': a token already"),
-    (["--model", small, "--add", tiny.EOS], "a token already"),
-    (["--model", small, "--add", ""], "must be a text"),
+    (["--model", small, "--add", "<a>", "<a>"], "--add '<a>': the tokenizer already has"),
+    (["--model", small, "--add", tiny.EOS], "the tokenizer already has this token"),
+    (["--model", small, "--add", ""], "must be TOKEN or ROLE=TOKEN"),
     (["--model", small], "--model and --add go together"),
     (["--data", "x.txt", "--add", "<a>"], "--model and --add go together"),
   ):
@@ -372,7 +372,7 @@ def test_invalid_tokenizer_settings_are_refused(tmp_path):
   text = tiny.write_stories(tmp_path / "text.jsonl", 3, seed=0)
   for more, message in (
     (["--vocab_size", "256", "--out", tmp_path / "a"], "must be at least 257"),
-    (["--out", tmp_path], "it is there; name a new folder"),
+    (["--out", tmp_path], "already exists; name a new folder"),
   ):
     done = processes.run("jaxft.tokenizer", "--data", text, *more, check=2)
     assert message in done.stderr and "Traceback" not in done.stderr

@@ -67,7 +67,7 @@ def test_preempted_runs_save_and_resume_bit_for_bit(
       continue
     again = False
     assert code == 75 and re.search(
-      f"stopped: {number}: (saved at step|all steps are saved|nothing was lost)", said
+      f"stopped: {number}: (saved at step|all steps are saved|no work was lost)", said
     ), (
       phase,
       said,

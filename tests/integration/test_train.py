@@ -47,12 +47,11 @@ def test_nonfinite_pretrained_weights_are_refused(config, folder, tmp_path):
     finetune(config, tmp_path / "w")
 
 
-@pytest.mark.parametrize("kernel, device", [("cudnn", "NVIDIA GPUs"), ("splash", "TPUs")])
+@pytest.mark.parametrize("kernel, device", [("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")])
 def test_unsupported_attention_kernel_is_refused(config, tmp_path, kernel, device):
   config.model.attention = kernel
-  with pytest.raises(
-    RequestError, match=f"config.model.attention={kernel}: it is for {device}, and this is a cpu"
-  ):
+  message = f"config.model.attention={kernel}: it requires {device}, and this device is a cpu"
+  with pytest.raises(RequestError, match=message):
     finetune(config, tmp_path, dry_run=True)
 
 
@@ -73,7 +72,7 @@ def test_profiler_traces_exactly_the_asked_steps(tmp_path, capsys):
   assert f"steps 2 to 3 are traced in {tmp_path}" in capsys.readouterr().out
   Profiler(folder=tmp_path, first=6, count=2, total=5, paused=pause)
   assert (
-    "nothing is traced: the first step that would be is 6, and the last of the run is 5"
+    "no step is traced: tracing would begin at step 6, and the run ends at step 5"
     in capsys.readouterr().out
   )
 

@@ -297,8 +297,8 @@ def test_broken_trackers_do_not_change_training(
   assert losses(tracked) == losses(plain)
   said = capsys.readouterr().out
   assert said.count("tensorboard: NotADirectoryError") == 1
-  assert said.count("trackio: ") == 2 and "lines did not arrive" in said
-  assert "mlflow: not done after 2 s; " in said and "wandb: not done after 2 s; " in said
+  assert said.count("trackio: ") == 2 and "lines were not delivered" in said
+  assert "mlflow: not finished after 2 s; " in said and "wandb: not finished after 2 s; " in said
 
 
 def test_hanging_tracker_costs_a_step_microseconds(
@@ -317,7 +317,7 @@ def test_hanging_tracker_costs_a_step_microseconds(
       group.write("metrics", {"step": step, "train/loss": 1.0}, "")
     seconds = (time.perf_counter() - began) / 5000
     assert sum(map(len, group._clients[0]._lines.values())) <= 1000
-  assert "5,000 of 5,000 lines did not arrive" in capsys.readouterr().out
+  assert "5,000 of 5,000 lines were not delivered" in capsys.readouterr().out
   print(f"{seconds * 1e6:.1f} microseconds a line")
   assert seconds < 1e-3
 
@@ -344,7 +344,8 @@ def test_full_disk_of_trackers_is_reported(config, tmp_path, small_disk, monkeyp
   said = capsys.readouterr().out
   for name in config.tracking.writers:
     # Some may be written: a database has a page or two in reserve.
-    assert re.match(rf"[1-9]\d* of {given} lines did not arrive", said.split(f"{name}: ")[-1]), said
+    last = said.split(f"{name}: ")[-1]
+    assert re.match(rf"[1-9]\d* of {given} lines were not delivered", last), said
 
 
 @pytest.mark.slow
@@ -381,7 +382,7 @@ def test_missing_tracker_names_install_command(folder, stories, tmp_path, monkey
   monkeypatch.setitem(trackers.REQUIRED_MODULES, "tensorboard", ("json",))  # is installed
   config = tiny.config(folder, stories)
   config.tracking.writers = ("tensorboard", "wandb")
-  problem = "config.tracking.writers: wandb needs no_such_tracker, not installed here"
+  problem = "config.tracking.writers: wandb needs no_such_tracker, which is not installed"
   with pytest.raises(RequestError, match=rf'^{problem}: pip install "jaxft\[tracking\]"$'):
     validate_run(config, tmp_path / "w")
 

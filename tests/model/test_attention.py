@@ -160,20 +160,21 @@ def test_resolve_kernel_says_why_not_fastest():
     return resolve_kernel(kernel, Device(*device), jnp.bfloat16, *shape)
 
   assert resolve("cudnn", ("gpu", "9.0"), 64, False, False) == ("cudnn", "")
-  dropout = "it has no dropout that is the same on every mesh"
+  dropout = "its dropout is not reproducible across meshes"
   assert resolve("cudnn", ("gpu", "9.0"), 64, False, True) == ("chunked", f"not cudnn: {dropout}")
   assert resolve("cudnn", ("gpu", "9.0"), 64, True, False) == (
     "chunked",
-    "not cudnn: it does not keep packed examples apart",
+    "not cudnn: it does not support packed examples",
   )
   kernel, why = resolve("chunked", ("gpu", "8.9"), 256, False, False)  # GPT-J
   assert (
     kernel == "chunked"
-    and why == "not cudnn: it takes heads of 8, 16 ... 128 here, and the model's have 256"
+    and why
+    == "not cudnn: it requires a head size of 8, 16 ... 128 on this GPU, and the model's is 256"
   )
   assert resolve("chunked", ("gpu", "9.0"), 64, False, False) == (
     "chunked",
-    "not cudnn: it is not asked for",
+    "not cudnn: it was not requested",
   )
   assert resolve("splash", ("tpu",), 64, True, False) == ("splash", "")
   assert resolve("splash", ("tpu",), 64, True, True) == ("chunked", f"not splash: {dropout}")

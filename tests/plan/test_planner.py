@@ -251,7 +251,7 @@ def test_refused_device_does_not_stop_others(config_file, tmp_path):
   assert "does not fit 1 devices" in page.read_text() and "activations" in page.read_text()
   console = Console(file=io.StringIO(), width=200)
   console.print(rendering.render_plan(refused))
-  assert "as it is: --device='cpu'" in console.file.getvalue()
+  assert "as given: --device='cpu'" in console.file.getvalue()
 
 
 def test_plan_page_is_self_contained(on_cpu):
@@ -263,7 +263,7 @@ def test_plan_page_is_self_contained(on_cpu):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (("--device", "h1000"), r"error: --device='h1000': not known; there are cpu, t4, .*v5e:2x4"),
+    (("--device", "h1000"), r"error: --device='h1000': unknown; choose cpu, t4, .*v5e:2x4"),
     (("--device", "v100"), r"error: --device='v100': CUDA 13.*7\.0"),
     ((), r"error: --device is missing; name one"),
     (
@@ -362,7 +362,7 @@ def test_plan_table_shows_missing_memory():
   }
   assert (
     rendering.fit_summary(plan)
-    == "does not fit: needs 3.00 GiB a device, of which there are 2.00 GiB; 1.00 GiB too much"
+    == "does not fit: needs 3.00 GiB of 2.00 GiB per device, 1.00 GiB too much"
   )
   bar = rendering._memory_bar(plan).plain
   assert len(bar) == rendering.BAR_WIDTH and bar.index("│") == 2 * rendering.BAR_WIDTH // 3

@@ -40,7 +40,7 @@ def test_search_finds_fitting_settings_and_reasons():
   assert all(
     it["peak_bytes"] <= advice["room_bytes"] < target.usable_bytes for it in advice["best"]
   )
-  assert all("does not fit, by" in it["why"] for it in advice["lost"])
+  assert all("does not fit: " in it["why"] for it in advice["lost"])
   assert len(compiled) <= search.MAX_COMPILES
   count = len(advice["best"]) + len(advice["lost"])
   assert count == len(compiled)
@@ -73,9 +73,9 @@ def test_search_budget_is_reported(monkeypatch, limit, most, compiles, why, need
   assert advice["not_compiled"][why] > 0
   lines = rendering.rejection_lines({"advice": advice})
   assert f"{advice['not_compiled'][why]} not compiled: {why}" in lines
-  assert not any("nothing of what was tried fits" in line for line in lines)
+  assert not any("no settings fit" in line for line in lines)
   assert not any("state alone take" in line for line in lines)
-  found_none = any(line.endswith(f"before {why}; there may be one") for line in lines)
+  found_none = any(line.endswith(f"but {why}: others may fit") for line in lines)
   assert found_none == (not advice["best"])
 
 
@@ -89,7 +89,7 @@ def test_search_skips_compiles_if_state_is_too_large(monkeypatch):
   )
   assert not compiled and not advice["best"] and advice["ended_early"] is None
   last = rendering.rejection_lines({"advice": advice})[-1]
-  assert "nothing of what was tried fits" in last
+  assert "no settings fit" in last
   assert "weights, gradient and optimizer state alone take" in last
   usable = specs.parse_device("t4").usable_bytes
   assert advice["least_state_bytes"] > 16 * 6.05e9 > usable  # weights, gradient, two moments

@@ -174,7 +174,7 @@ def test_report_does_not_change_how_a_run_ends(config, tmp_path, capsys):
   assert re.search(
     r"Stopped at step \d+ of 12, exit code 3 .*gradient not finite\).*changed no weight", page.text
   )
-  assert "not finite, not applied" in page.text
+  assert "not finite, step skipped" in page.text
   assert ("class", "fault") in page.attributes
   config.optim.learning_rate = 1e-3
   (tmp_path / "full" / "report.html").mkdir(parents=True)
@@ -190,7 +190,7 @@ def test_status_of_killed_and_finished_runs(tmp_path):
   killed["total_steps"] = 400
   page = load_page(write(tmp_path / "killed", evals=(0,), about__json=json.dumps(killed)))
   assert "Stopped at step 100 of 400: the run was killed" in page.text
-  assert "Eval loss before the first step: 4.000; none after" in page.text
+  assert "Eval loss before the first step: 4.000; not evaluated later" in page.text
   killed["ending"] = {
     "at": "2026-11-22T11:00:00Z",
     "exit_code": 75,
@@ -205,7 +205,7 @@ def test_page_without_evaluations(tmp_path):
   page = load_page(write(tmp_path / "w", evals=()))
   assert "Not evaluated; the training loss went from" in page.text and "Learning rate" in page.text
   page = load_page(write(tmp_path / "empty", metrics__jsonl="", samples__jsonl=""))
-  assert "No step was logged" in page.text and "svg" not in page.found
+  assert "No steps were logged" in page.text and "svg" not in page.found
 
 
 @pytest.mark.slow
@@ -375,7 +375,7 @@ def test_nonfinite_metrics_are_shown(tmp_path):
 def test_classifier_page_counts_texts(tmp_path):
   page = load_page(write(tmp_path / "w", changes={"model.head": "classification"}))
   assert "texts trained on" in page.text
-  assert "texts a second" in page.text and "tokens a second" not in page.text
+  assert "texts a second" in page.text and "tokens per second" not in page.text
 
 
 def test_series_of_one_point_is_left_out():
@@ -504,8 +504,10 @@ def test_optional_metrics_are_shown(tmp_path):
     "samples__jsonl": "\n".join(map(json.dumps, drawn)),
   }
   page = load_page(write(tmp_path / "w", **files))
-  assert "loss, unrelated text3.500 → 4.500" in page.text and "step 1; 40.0 % by heart" in page.text
-  assert "8-grams by heart0.0 % → 25.0 %" in page.text
+  assert (
+    "loss, unrelated text3.500 → 4.500" in page.text and "step 1; 40.0 % memorized" in page.text
+  )
+  assert "memorized 8-grams0.0 % → 25.0 %" in page.text
 
 
 @pytest.mark.parametrize(
@@ -517,7 +519,7 @@ def test_headline_uses_exported_step(tmp_path, drawn):
   files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": drawn}
   page = load_page(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
   assert "Eval loss fell from 4.000 to 2.000" in page.text
-  assert "The weights of step 50 of 100 were exported, the best that were saved" in page.text
+  assert "The weights of step 50 of 100 were exported, the best of the saved" in page.text
 
 
 def test_page_says_if_training_made_it_worse(tmp_path):
@@ -526,7 +528,7 @@ def test_page_says_if_training_made_it_worse(tmp_path):
   files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": None}
   page = load_page(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
   assert (
-    "Eval loss rose from 2.000 to 2.500" in page.text and "It is worse than before" in page.text
+    "Eval loss rose from 2.000 to 2.500" in page.text and "This is worse than before" in page.text
   )
 
 
@@ -537,7 +539,7 @@ def test_page_says_if_training_made_it_worse(tmp_path):
       {"metrics__jsonl": '{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra'},
       "1 of 2 lines of metrics.jsonl",
     ),
-    ({"metrics__jsonl": None}, "There is no metrics.jsonl"),
+    ({"metrics__jsonl": None}, "metrics.jsonl does not exist"),
     ({"samples__jsonl": "[]\n3\nnull\n{}\n"}, "4 of 4 lines of samples.jsonl"),
     ({"about__json": "{"}, "about.json cannot be read"),
     (
@@ -560,7 +562,7 @@ def test_page_says_if_training_made_it_worse(tmp_path):
     ),
     (
       {"metrics__jsonl": '{"step": 1, "train/loss": "nan", "eval/loss": true, "perf/mfu": NaN}\n'},
-      "No step was logged",
+      "No steps were logged",
     ),
     (
       {

@@ -141,7 +141,7 @@ def test_validate_mesh_names_sizes_that_fit():
   (line,) = validate_mesh(mesh(1, 4, 2), **sizes)
   assert line == (
     "config.mesh.tensor=2: the model has 25 heads, which 2 devices cannot share; "
-    "take one of 1, 5, 25"
+    "use one of 1, 5, 25"
   )
   assert not validate_mesh(mesh(1, -1), **sizes)
   (line,) = validate_mesh(mesh(1, 6), **sizes)

@@ -259,20 +259,20 @@ def test_adapter_folder_loads_as_a_model(family, tmp_path):
   assert repo.fingerprint(adapted) != repo.fingerprint(source)
   about = json.loads((folder / "adapter_config.json").read_text())
   for change, message in (
-    ({"use_dora": True}, "use_dora=True: only plain LoRA"),
-    ({"peft_type": "IA3"}, "peft_type='IA3': only plain LoRA"),
+    ({"use_dora": True}, "use_dora=True is not supported, only plain LoRA"),
+    ({"peft_type": "IA3"}, "peft_type='IA3' is not supported, only plain LoRA"),
     ({"modules_to_save": ["score"]}, "modules_to_save"),
     (
       {"base_model_name_or_path": "no/such/folder/here"},
-      "adapters of 'no/such/folder/here', which is not there",
+      "cannot load the adapters' base model 'no/such/folder/here'",
     ),
-    ({"base_model_name_or_path": None}, "names no model"),
+    ({"base_model_name_or_path": None}, "must name the base model"),
   ):
     (folder / "adapter_config.json").write_text(json.dumps(about | change))
     with pytest.raises(RequestError, match=message):
       repo.resolve(str(folder))
   (folder / "adapter_config.json").write_text(json.dumps(about | {"r": 4}))
-  with pytest.raises(RequestError, match="or of rank 4"):
+  with pytest.raises(RequestError, match="at rank 4"):
     load_weights.load_params(repo.resolve(str(folder)), shapes, shardings)
 
 
@@ -323,15 +323,13 @@ def test_changed_base_model_is_refused(finetuned, folder, tmp_path):
   data[-1] ^= 1
   (other / "model.safetensors").write_bytes(data)
   config.model.path = str(other)
-  with pytest.raises(
-    RequestError, match="its weights, some of which are frozen, are not what they were"
-  ):
+  with pytest.raises(RequestError, match="its weights, some of them frozen, have changed"):
     finetune(config, run.workdir)
   written = json.loads((run.workdir / "config.json").read_text())
   written["model"]["path"] = str(other)
   (run.workdir / "config.json").write_text(json.dumps(written))
   with pytest.raises(
-    RequestError, match="of which the run of .* has trained a part, are not what they were"
+    RequestError, match="these weights have changed since the run of .* trained only a part"
   ):
     jaxft.pretrained.load_workdir(run.workdir)
 
@@ -349,29 +347,29 @@ def test_position_embeddings_alone_train_offloaded():
   [
     (
       {"lora__rank": 2, "lora__targets": ("q_proj",)},
-      "'q_proj' is no matrix of a gpt2 layer; there are attn.c_attn",
+      "a gpt2 layer has no matrix 'q_proj'; choose from attn.c_attn",
     ),
     (
       {"lora__rank": 2, "lora__layers": ("1-3",)},
-      "config.lora.layers: '1-3' must be a layer, or first-last, of 0 to 2",
+      "config.lora.layers: '1-3' must be a layer or FIRST-LAST, from 0 to 2",
     ),
     ({"lora__rank": 2, "lora__layers": ("last",)}, "config.lora.layers: 'last' must be"),
     ({"lora__rank": 2, "lora__layers": ("2-",)}, "config.lora.layers: '2-' must be"),
     (
       {"lora__targets": ("c_attn",)},
-      "config.lora.targets=.* there are no adapters with config.lora.rank=0",
+      "config.lora.targets=.* no adapters with config.lora.rank=0",
     ),
     (
       {"train__trainable_params": ("h.2.*",)},
-      r"config.train.trainable_params: 'h.2.\*' is the name of no weight; there are transformer",
+      r"config.train.trainable_params: 'h.2.\*' matches no weight; the names are transformer",
     ),
     (
       {"train__trainable_params": ("transformer.*",), "lora__rank": 2},
-      "config.train.trainable_params=.* set one",
+      "config.train.trainable_params=.* set only one",
     ),
     (
       {"model__init": "scratch", "lora__rank": 2},
-      "config.lora.rank=2: adapters need a trained model|adapters change",
+      "config.lora.rank=2: adapters need pretrained weights",
     ),
     ({"lora__rank": 2, "lora__alpha": 0.0}, "config.lora.alpha=0.0: must be above 0"),
   ],

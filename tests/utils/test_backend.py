@@ -285,7 +285,7 @@ def test_more_than_pinned_limit_is_rejected(monkeypatch):
   monkeypatch.setattr(backend, "pinned_limit", lambda: host_bytes(run))  # no byte for gaps
   check_fits(on_gpu, config)
   assert pinned_memory_warning(run) == ""
-  assert "warning: the host is to keep 1,991,5" in pinned_memory_warning(on_gpu)
+  assert "warning: offload needs 1,991,5" in pinned_memory_warning(on_gpu)
 
 
 # ---- The CPU, where there is a GPU ---------------------------------------------------------------

@@ -20,17 +20,17 @@ GENERATE = ("generate", "--model", MODEL, "--prompt", "Once", "--max_new_tokens"
 # What one meets: (variables, or a redirection of the shell; exit code; what is then said on
 # standard error).
 KINDS = [
-  ({"JAX_ENABLE_X64": "1"}, 0, "warning: JAX_ENABLE_X64=True: jaxft's programs are made for False"),
-  ({"JAX_NUMPY_DTYPE_PROMOTION": "strict"}, 0, "made for standard"),
-  ({"JAX_NUMPY_RANK_PROMOTION": "raise"}, 0, "made for allow"),
-  ({"JAX_DEFAULT_PRNG_IMPL": "rbg"}, 0, "made for threefry2x32"),
-  ({"JAX_THREEFRY_PARTITIONABLE": "0"}, 0, "made for True"),
-  ({"JAX_TRANSFER_GUARD": "disallow"}, 0, "made for None"),
-  ({"JAX_NO_TRACING": "1"}, 0, "made for False"),
+  ({"JAX_ENABLE_X64": "1"}, 0, "warning: JAX_ENABLE_X64=True is not supported; jaxft runs with"),
+  ({"JAX_NUMPY_DTYPE_PROMOTION": "strict"}, 0, "jaxft runs with standard"),
+  ({"JAX_NUMPY_RANK_PROMOTION": "raise"}, 0, "jaxft runs with allow"),
+  ({"JAX_DEFAULT_PRNG_IMPL": "rbg"}, 0, "jaxft runs with threefry2x32"),
+  ({"JAX_THREEFRY_PARTITIONABLE": "0"}, 0, "jaxft runs with True"),
+  ({"JAX_TRANSFER_GUARD": "disallow"}, 0, "jaxft runs with None"),
+  ({"JAX_NO_TRACING": "1"}, 0, "jaxft runs with False"),
   ({"JAX_ENABLE_X64": "maybe"}, 2, "error: JAX_ENABLE_X64='maybe': invalid truth value"),
   ({"JAX_NUM_CPU_DEVICES": "x"}, 2, "error: JAX_NUM_CPU_DEVICES='x': Invalid value"),
   ({"HF_HUB_DOWNLOAD_TIMEOUT": "x"}, 2, "error: HF_HUB_DOWNLOAD_TIMEOUT='x': invalid literal"),
-  ({"JAX_DEFAULT_DEVICE": "gpu"}, 0, "made for None"),
+  ({"JAX_DEFAULT_DEVICE": "gpu"}, 0, "jaxft runs with None"),
   ({"JAX_DEBUG_NANS": "1"}, 0, ""),
   ({"JAX_PLATFORMS": "cuda"}, 2, r"error: JAX finds no device \(JAX_PLATFORMS=cuda\)"),
   ({"JAX_PLATFORMS": "tpu,gpu"}, 2, "error: JAX finds no device"),
@@ -90,7 +90,7 @@ def ends_well(change, code, message, redirection=""):
 def test_type_changing_variables_together():
   """All variables that change types, at once."""
   types = {name: value for change, _, _ in KINDS[:5] for name, value in change.items()}
-  ends_well(types, 0, "made for threefry2x32", "<&-")
+  ends_well(types, 0, "jaxft runs with threefry2x32", "<&-")
 
 
 @pytest.mark.slow
