@@ -43,8 +43,8 @@ that takes several texts takes its flag several times. `--print_config` prints a
 with their values. The exact rules are in `jaxft/config.py`."""
 COMMANDS_HEAD = """# Commands
 
-`jaxft COMMAND` and `python -m jaxft.COMMAND` are the same. `--help` prints the flags of a command,
-as below. All commands have the same [exit codes](workdir.md#exit-codes).
+`jaxft train` and `python -m jaxft.train` are the same command. `--help` prints the flags of a
+command, as below. All commands have the same [exit codes](workdir.md#exit-codes).
 """
 
 
