@@ -236,7 +236,8 @@ def mesh() -> str:
         drawing.text(x, y + SIZE + 34, f"device {4 * data + 2 * fsdp + tensor}", "s q")
   y = TOP + 2 * (SIZE + 58) + 26
   for words in (
-    "data: copies of the weights, different sequences.   fsdp: parts of the weights, different sequences.",
+    "data: copies of the weights, different sequences.",
+    "fsdp: parts of the weights, different sequences.",
     "tensor: parts of the weights, the same sequences.",
   ):
     drawing.text(0, y, words, "s")
