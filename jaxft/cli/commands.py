@@ -92,7 +92,7 @@ def as_typed(usage: str) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-  """Return the files of the shipped configs by name; a container may have none."""
+  """Return the shipped configs, name -> file; {} if this installation lacks them."""
   for folder in CONFIG_FOLDERS:
     if (folder / "quickstart.py").is_file():
       return {file.stem: file for file in sorted(folder.glob("*.py"))}
