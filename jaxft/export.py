@@ -1,4 +1,4 @@
-"""Exports a verified Hugging Face folder.
+"""Export a verified Hugging Face folder.
 
     python -m jaxft.export --workdir DIR --out DIR
 

@@ -124,5 +124,5 @@ def _nearest(word: str, names: list[str]) -> str | None:
 def _first_line(file: str) -> str:
   """Return the first line of a module's docstring, without its command and its full stop."""
   with (PACKAGE / file).open(encoding="utf-8") as stream:
-    line = stream.readline().strip().strip('"')
+    line = stream.readline().strip().removeprefix("r").strip('"')
   return line.partition(": python -m")[0].rstrip(".")
