@@ -1,4 +1,4 @@
-"""Export a verified Hugging Face folder.
+"""Export a model or a run as a verified Hugging Face folder.
 
     python -m jaxft.export --workdir DIR --out DIR
 

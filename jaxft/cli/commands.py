@@ -92,7 +92,7 @@ def as_typed(usage: str) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-  """Return the shipped configs, name -> file; {} if this installation lacks them."""
+  """Return the files of the shipped configs by name; a container may have none."""
   for folder in CONFIG_FOLDERS:
     if (folder / "quickstart.py").is_file():
       return {file.stem: file for file in sorted(folder.glob("*.py"))}
@@ -124,5 +124,5 @@ def _nearest(word: str, names: list[str]) -> str | None:
 def _first_line(file: str) -> str:
   """Return the first line of a module's docstring, without its command and its full stop."""
   with (PACKAGE / file).open(encoding="utf-8") as stream:
-    line = stream.readline().strip().removeprefix("r").strip('"')
+    line = stream.readline().strip().lstrip("r").strip('"')
   return line.partition(": python -m")[0].rstrip(".")
