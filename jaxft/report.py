@@ -19,9 +19,9 @@ def main() -> None:
   several = len(workdirs) > 1
   out = arguments.out or (Path("comparison.html") if several else workdirs[0] / "report.html")
   if out.is_dir():
-    raise RequestError(f"--out={str(out)!r}: is a folder; give the name of a file")
+    raise RequestError(f"--out={str(out)!r}: a folder; give the name of a file")
   if not out.parent.is_dir():
-    raise RequestError(f"--out={str(out)!r}: the folder {str(out.parent)!r} does not exist")
+    raise RequestError(f"--out={str(out)!r}: no such folder")
   records = [run_record.load(workdir) for workdir in workdirs]
   atomic_write(out, comparison.render(records) if several else run_page.render(records[0]))
   for record in records:

@@ -212,7 +212,10 @@ def mesh() -> str:
   drawing = Drawing("A mesh of data=2 x fsdp=2 x tensor=2: what each device holds")
   SIZE, TOP, GAP = 76, 66, 24
   legend(
-    drawing, 0, 18, [("blue", "its part of a weight matrix"), ("green", "its rows of the batch")]
+    drawing,
+    0,
+    18,
+    [("blue", "its part of a weight matrix"), ("green", "its sequences of the batch")],
   )
   for data in range(2):
     left = 30 + data * 394
@@ -233,8 +236,9 @@ def mesh() -> str:
         drawing.text(x, y + SIZE + 34, f"device {4 * data + 2 * fsdp + tensor}", "s q")
   y = TOP + 2 * (SIZE + 58) + 26
   for words in (
-    "data: copies of the weights, different rows.   fsdp: parts of the weights, different rows.",
-    "tensor: parts of the weights, the same rows.",
+    "data: copies of the weights, different sequences.",
+    "fsdp: parts of the weights, different sequences.",
+    "tensor: parts of the weights, the same sequences.",
   ):
     drawing.text(0, y, words, "s")
     y += 20
@@ -349,7 +353,7 @@ def fits(page: str) -> str:
     if line.startswith("|")
   ]
   head, models = rows[0][1:], rows[2 : rows.index(next(it for it in rows[2:] if "for" in it))]
-  drawing = Drawing("The most rows that a device takes at the same time, by model and device")
+  drawing = Drawing("The largest micro-batch and its memory, by model and device")
   LEFT, ROW, TOP = 104, 70, 58
   W = (WIDTH - LEFT) / len(head)
   for j, name in enumerate(head):
@@ -368,8 +372,7 @@ def fits(page: str) -> str:
         continue
       fill = {None: "green", "optimizer": "blue", "all": "orange"}[match[3]]
       drawing.rect(x + 2, y, W - 4, ROW - 4, fill)
-      rows_of = "1 row" if match[1] == "1" else f"{match[1]} rows"
-      drawing.text(middle, y + 25, rows_of, "b m")
+      drawing.text(middle, y + 25, match[1], "b m")
       drawing.text(middle, y + 43, match[2], "s m")
       if match[3]:
         drawing.text(middle, y + 58, match[3], "c m")
@@ -384,10 +387,10 @@ def fits(page: str) -> str:
       ("orange", "memory.offload=all"),
     ],
   )
-  drawing.text(
-    LEFT, y + 24, "Rows of 1,024 tokens (GPT-2) or 2,048. Memory is the peak of one device.", "s q"
-  )
-  return drawing.svg(y + 34)
+  first = "Bold: the largest micro-batch, in sequences of 1,024 tokens (GPT-2) or 2,048."
+  drawing.text(LEFT, y + 24, first, "s q")
+  drawing.text(LEFT, y + 42, "Below it: the peak memory of one device, as compiled.", "s q")
+  return drawing.svg(y + 52)
 
 
 def packages(page: str) -> str:

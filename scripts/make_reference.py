@@ -11,22 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from jaxft.cli import commands
 from jaxft.config import BY_NAME, SETTINGS, Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "reference"
-# In the order of a first use.
-COMMANDS = {
-  "train": "fine-tune a model, or continue a run",
-  "prepare": "read the data without a model: counts and example rows",
-  "plan": "memory and speed of a run on a device, from its compiler",
-  "generate": "continue prompts with a model or a run",
-  "evaluate": "measure the loss of a model on a text",
-  "export": "write the Hugging Face folder of any checkpoint",
-  "report": "write the page of a run, or compare several runs",
-  "tokenizer": "train a tokenizer, or add tokens to one",
-  "doctor": "print versions, devices and missing packages",
-}
 SECTIONS = {
   "model": "The checkpoint to start from, its tokenizer and its number formats.",
   "data": "Sources, formats and layouts. The guide is [Data](../data.md).",
@@ -54,8 +43,8 @@ that takes several texts takes its flag several times. `--print_config` prints a
 with their values. The exact rules are in `jaxft/config.py`."""
 COMMANDS_HEAD = """# Commands
 
-Each command prints its flags with `--help`. [Exit codes](workdir.md#exit-codes) are the
-same for all.
+`jaxft train` and `python -m jaxft.train` are the same command. `--help` prints the flags of a
+command, as below. All commands have the same [exit codes](workdir.md#exit-codes).
 """
 
 
@@ -99,20 +88,19 @@ def settings_page() -> str:
   return "\n".join(lines) + "\n"
 
 
-def help_of(command: str) -> str:
-  """Return what `python -m jaxft.COMMAND --help` prints, in lines of at most 100 columns."""
+def help_of(*words: str) -> str:
+  """Return what `jaxft WORDS --help` prints, in lines of at most 100 columns."""
   environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-  words = [sys.executable, "-m", f"jaxft.{command}", "--help"]
-  done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+  command = [sys.executable, "-m", "jaxft", *words, "--help"]
+  done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
   if done.returncode:
-    sys.exit(f"{' '.join(words)}: {done.stderr}")
+    sys.exit(f"{' '.join(command)}: {done.stderr}")
   return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
 
 
 def commands_page() -> str:
-  lines = [WRITTEN + COMMANDS_HEAD, "| command | use it to |", "|---|---|"]
-  lines += [f"| [{name}](#{name}) | {use} |" for name, use in COMMANDS.items()]
-  for name in COMMANDS:
+  lines = [WRITTEN + COMMANDS_HEAD, "```text", help_of(), "```"]
+  for name in commands.COMMANDS:
     lines += [f"\n## {name}\n", "```text", help_of(name), "```"]
   return "\n".join(lines) + "\n"
 

@@ -31,7 +31,6 @@ def test_figures_are_current():
   figures = make_figures.figures()
   for file, text in figures.items():
     assert file.read_text() == text, f"{file.name}: run python scripts/make_figures.py"
-  assert {*make_figures.FOLDER.glob("*.svg")} == figures.keys()
 
 
 @pytest.fixture(scope="module")
@@ -66,5 +65,12 @@ def test_pages_fetch_nothing_from_other_hosts(site):
 
 def test_python_reference_has_signatures_and_arguments(site):
   text = re.sub(r"<[^>]+>", "", (site / "reference" / "python.html").read_text())
-  for words in ("jaxft.finetune", "finetune(", "workdir", "jaxft.load", "plan_for(", "exit_code"):
+  for words in (
+    "jaxft.finetune",
+    "finetune(",
+    "workdir",
+    "jaxft.load",
+    "plan_for(",
+    "RequestError",
+  ):
     assert words in text, words

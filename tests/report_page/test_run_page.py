@@ -221,7 +221,7 @@ def test_classification_headline_is_accuracy(folder, tmp_path):
   assert re.search(
     f"Accuracy (rose|fell|hardly changed:) from {accuracy[0]} to {accuracy[-1]}", page.text
   )
-  assert "F1" in page.text and "nats a text" in page.text and "Samples" not in page.text
+  assert "F1" in page.text and "nats per text" in page.text and "Samples" not in page.text
 
 
 def test_hostile_text_is_escaped(tmp_path):
@@ -375,7 +375,7 @@ def test_nonfinite_metrics_are_shown(tmp_path):
 def test_classifier_page_counts_texts(tmp_path):
   page = load_page(write(tmp_path / "w", changes={"model.head": "classification"}))
   assert "texts trained on" in page.text
-  assert "texts a second" in page.text and "tokens per second" not in page.text
+  assert "texts per second" in page.text and "tokens per second" not in page.text
 
 
 def test_series_of_one_point_is_left_out():
@@ -551,7 +551,7 @@ def test_page_says_if_training_made_it_worse(tmp_path):
     ),
     (
       {"data_report__json": '{"rows": 3, "tokens": {"read": "many", "dropped": 1}}'},
-      "What was run",
+      "Run details",
     ),
     (
       {

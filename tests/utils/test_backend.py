@@ -300,9 +300,13 @@ def test_no_warning_without_a_gpu(capsys):
   "environment, plugin, reason",
   [
     ({"JAX_PLATFORMS": "cpu"}, True, "JAX_PLATFORMS=cpu is set"),
-    ({"CUDA_VISIBLE_DEVICES": ""}, True, "CUDA_VISIBLE_DEVICES='' hides it"),
-    ({"CUDA_VISIBLE_DEVICES": "-1"}, True, "CUDA_VISIBLE_DEVICES='-1' hides it"),
-    ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, True, "CUDA_VISIBLE_DEVICES='NoDevFiles' hides it"),
+    ({"CUDA_VISIBLE_DEVICES": ""}, True, "CUDA_VISIBLE_DEVICES='' hides the GPU"),
+    ({"CUDA_VISIBLE_DEVICES": "-1"}, True, "CUDA_VISIBLE_DEVICES='-1' hides the GPU"),
+    (
+      {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},
+      True,
+      "CUDA_VISIBLE_DEVICES='NoDevFiles' hides the GPU",
+    ),
     ({}, False, 'JAX has no CUDA plugin; pip install "jaxft[cuda]"'),
     ({}, True, "CUDA does not start"),
   ],
