@@ -21,7 +21,7 @@ FILES = {
 
 
 LAZY = {name: f"jaxft.{path}" for name, path in (("finetune", "train"), ("load", "pretrained"))}
-LAZY["plan_for"] = "jaxft.plan.planner"
+LAZY |= {"load_config": "jaxft.cli.flags", "plan_for": "jaxft.plan.planner"}
 
 
 def imports(file):

@@ -174,7 +174,7 @@ SOURCES = {
   **{kind: f"https://docs.cloud.google.com/tpu/docs/{kind}" for kind in TPUS},
 }
 UNSUPPORTED = {
-  "v100": "jaxft's plugin uses CUDA 13, which dropped compute capability 7.0; use JAX with CUDA 12",
+  "v100": "CUDA 13, used by jaxft's plugin, dropped compute capability 7.0; use JAX with CUDA 12",
   # The topology of a v4 has two devices per chip, but the compiler expects one (libtpu 0.0.42 to
   # 0.0.51).
   "v4": "libtpu's compiler fails with an assertion on a machine without a v4 chip; "

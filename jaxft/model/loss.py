@@ -86,9 +86,8 @@ def cross_entropy_sum(
     (loss, d_arrays), d_h = jax.lax.scan(body, zeros, (h, targets, mask))
     return loss, (d_arrays, d_h, h[:0])  # an empty slice carries the dtype of h
 
-  # The residuals are gradients of the sum itself. d_loss is the factor of all later operations.
-
   def backward(residuals, d_loss):
+    # The residuals are gradients of the sum. d_loss is the factor of all later operations.
     d_arrays, d_h, h = residuals
 
     def scale(x, dtype):

@@ -32,8 +32,8 @@ def render(record: RunRecord) -> str:
   """Return the HTML page of the run."""
   sections = [
     _header(record),
-    _export_section(record),
     _curves(record),
+    _export_section(record),
     _samples(record),
     element("div", _evaluations(record), _memory(record), class_="pair"),
     _data(record),

@@ -88,36 +88,35 @@ def export_dir(config: Config, workdir: Path) -> Path:
 
 def validate_run(config: Config, workdir: Path, overwrite: bool = False) -> None:
   """Raise RequestError with all errors that can be found without building the run."""
-  lines = jaxft.config.validate(config)
-  if not lines:
-    out = export_dir(config, workdir)
-    lines += [f"config.export.out: {line}" for line in export.validate_export(out)]
-    lines += [f"--workdir: {line}" for line in manager.validate_path(workdir / "checkpoints")]
-    lines += [f"--workdir: {line}" for line in export.validate_workdir(workdir)]
-    out_path = out.resolve()
-    run_path = workdir.resolve()
-    run_folders = [run_path / name for name in sources.RUN_FOLDERS if name != "export"]
-    if out_path in (run_path, *run_path.parents) or any(
-      out_path.is_relative_to(folder) for folder in run_folders
-    ):
-      lines.append(
-        f"config.export.out={str(out)!r}: the run itself is written there; name a separate folder"
-      )
-    path = config.model.path
-    if path and repo.is_local(path) and Path(path).resolve() == run_path:
-      lines.append(
-        f"--workdir: {str(workdir)!r} is config.model.path, and the run would overwrite its "
-        "config.json; name another folder"
-      )
-    elif export.is_hf_model(workdir) and not overwrite:
-      lines.append(
-        f"--workdir: {str(workdir)!r} has the config.json of a model, and the run would overwrite "
-        "it; name another folder, or pass --overwrite_output_dir to move this one aside"
-      )
-    if config.export.push_to_hub:
-      lines += [f"config.export.{line}" for line in push.validate_push(config.export.push_to_hub)]
-    lines += sources.validate_sources(config.data)
-    lines += missing_packages(config.tracking)
+  lines: list[str] = []
+  out = export_dir(config, workdir)
+  lines += [f"config.export.out: {line}" for line in export.validate_export(out)]
+  lines += [f"--workdir: {line}" for line in manager.validate_path(workdir / "checkpoints")]
+  lines += [f"--workdir: {line}" for line in export.validate_workdir(workdir)]
+  out_path = out.resolve()
+  run_path = workdir.resolve()
+  run_folders = [run_path / name for name in sources.RUN_FOLDERS if name != "export"]
+  if out_path in (run_path, *run_path.parents) or any(
+    out_path.is_relative_to(folder) for folder in run_folders
+  ):
+    lines.append(
+      f"config.export.out={str(out)!r}: the run itself is written there; name a separate folder"
+    )
+  path = config.model.path
+  if path and repo.is_local(path) and Path(path).resolve() == run_path:
+    lines.append(
+      f"--workdir: {str(workdir)!r} is config.model.path, and the run would overwrite its "
+      "config.json; name another folder"
+    )
+  elif export.is_hf_model(workdir) and not overwrite:
+    lines.append(
+      f"--workdir: {str(workdir)!r} has the config.json of a model, and the run would overwrite "
+      "it; name another folder, or pass --overwrite_output_dir to move this one aside"
+    )
+  if config.export.push_to_hub:
+    lines += [f"config.export.{line}" for line in push.validate_push(config.export.push_to_hub)]
+  lines += sources.validate_sources(config.data)
+  lines += missing_packages(config.tracking)
   if not lines:  # last, because it imports transformers, which takes seconds
     needs_weights = config.model.init == "pretrained"
     lines += repo.validate_model(config.model.path, needs_weights, config.model.torch_bin)

@@ -14,6 +14,7 @@ import jax
 
 from jaxft.errors import RequestError, first_line
 from jaxft.utils import environment, jax_private
+from jaxft.utils.console import warn
 from jaxft.utils.files import cache_dir
 
 GIB = 2**30
@@ -398,7 +399,7 @@ def _is_nvidia_display(device: str) -> bool:
 
 @functools.cache  # print each warning once per process
 def _warn(line: str) -> None:
-  print(f"warning: {line}", file=sys.stderr, flush=True)
+  warn(line)
 
 
 def _any_exists(patterns: tuple[str, ...]) -> bool:

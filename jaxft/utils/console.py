@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import sys
 import unicodedata
@@ -40,11 +41,37 @@ class RunConsole(Console):
 console = RunConsole(soft_wrap=True, highlight=False)
 
 
+class ConsoleHandler(logging.Handler):
+  """Prints log records: warnings on standard error, all others on the console."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    """Print a record without markup and control characters: it may quote users' files."""
+    text = escape_controls(record.getMessage())
+    # The log may be on a full disk. This must not end the run while its own files can be written.
+    with contextlib.suppress(OSError):
+      if record.levelno >= logging.WARNING:
+        print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+      else:
+        console.print(text, markup=False)
+
+
+# Users of the library silence it by its level, and redirect it by other handlers.
+logger = logging.getLogger("jaxft")
+if not logger.handlers:
+  logger.addHandler(ConsoleHandler())
+  logger.propagate = False  # absl and notebooks have a handler at the root
+  if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)
+
+
 def log(text: str) -> None:
-  """Print a line without markup and control characters: it may quote users' files."""
-  # The log may be on a full disk. This must not end the run while its own files can be written.
-  with contextlib.suppress(OSError):
-    console.print(escape_controls(text), markup=False)
+  """Log a line for the user at level INFO."""
+  logger.info("%s", text)
+
+
+def warn(text: str) -> None:
+  """Log a line for the user at level WARNING."""
+  logger.warning("%s", text)
 
 
 def escape_controls(text: str) -> str:
@@ -66,7 +93,8 @@ class ProgressBar:
       TimeRemainingColumn(),
       TextColumn("{task.fields[note]}"),
     )
-    self._bar = Progress(*columns, console=console, transient=True, disable=not console.live)
+    hidden = not console.live or not logger.isEnabledFor(logging.INFO)
+    self._bar = Progress(*columns, console=console, transient=True, disable=hidden)
     self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
   def __enter__(self) -> "ProgressBar":

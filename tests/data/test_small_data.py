@@ -466,7 +466,7 @@ def test_model_folder_is_rejected_as_workdir(config, folder, tmp_path):
     RequestError, match="model' has the config.json of a model.* --overwrite_output_dir"
   ):
     finetune(config, tmp_path / "model")
-  validate_run(config, tmp_path / "model", overwrite=True)
+  validate_run(jaxft.config.resolve(config), tmp_path / "model", overwrite=True)
   assert has_content(tmp_path / "model") and not has_content(tmp_path)
 
 

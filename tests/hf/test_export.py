@@ -292,7 +292,7 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
     "pipe",
     lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
   )
-  refused("tokenizer.json: .* too many", "huge", lambda f: os.truncate(f / "tokenizer.json", 2**31))
+  refused("tokenizer.json: too large", "huge", lambda f: os.truncate(f / "tokenizer.json", 2**31))
   refused(
     "merges.txt: a link to a file outside",
     "link",

@@ -51,7 +51,7 @@ def refused(flags: list[str], names: list[str], config_file, workdir, dry_run: b
     # ml_collections reads it too
     sys.argv = ["train", "--config", str(config_file), "--workdir", str(workdir), *flags]
     arguments = jaxft.cli.flags.parse_train()
-    train.validate_run(arguments.config, arguments.workdir)
+    train.validate_run(jaxft.config.resolve(arguments.config), arguments.workdir)
     if dry_run:
       train.finetune(arguments.config, arguments.workdir, dry_run=True)
   except RequestError as error:

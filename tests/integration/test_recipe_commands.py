@@ -279,7 +279,7 @@ def test_stories_with_hf_trainer_flags(there):
     "--eval_steps 10000 --fp16 "
     "--report_to tensorboard --output_dir OUT --block_size 64"
   )
-  assert "trained on its split train, evaluated on its split validation" in done.stderr
+  assert "trains on the split train, evaluates on the split validation" in done.stderr
   rows = json.loads((there / "OUT" / "data_report.json").read_text())["rows"]
   assert (rows["trained"], rows["held_out"], rows["read"]) == (100, 20, 230)
   assert list((there / "LOGS").glob("*/events*"))

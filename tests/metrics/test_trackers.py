@@ -384,7 +384,7 @@ def test_missing_tracker_names_install_command(folder, stories, tmp_path, monkey
   config.tracking.writers = ("tensorboard", "wandb")
   problem = "config.tracking.writers: wandb needs no_such_tracker, which is not installed"
   with pytest.raises(RequestError, match=rf'^{problem}: pip install "jaxft\[tracking\]"$'):
-    validate_run(config, tmp_path / "w")
+    validate_run(jaxft.config.resolve(config), tmp_path / "w")
 
 
 @pytest.mark.parametrize(

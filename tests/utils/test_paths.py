@@ -58,10 +58,10 @@ def test_awkward_folder_names(ready, folder, tmp_path, part):
       with pytest.raises(
         RequestError, match="--workdir: .* Orbax .* reads the .* as part of a pattern"
       ):
-        validate_run(config, root / "run")
+        validate_run(jaxft.config.resolve(config), root / "run")
       assert sorted(path.name for path in root.iterdir()) == before
       continue
-    validate_run(config, root / "run")
+    validate_run(jaxft.config.resolve(config), root / "run")
     checkpoints = CheckpointManager(root / "run" / "checkpoints", 1, writes=True)
     checkpoints.save(1, STATE, {"x": 1})
     checkpoints.close()
@@ -97,7 +97,7 @@ def test_foreign_files_in_workdir_stay_untouched(folder, stories, tmp_path):
   config = tiny.config(folder, stories)
   (tmp_path / "model").mkdir()
   (tmp_path / "model" / "my_code.py").write_text("import this")
-  validate_run(config, tmp_path)
+  validate_run(jaxft.config.resolve(config), tmp_path)
   source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   export.save_run_model(tmp_path, source, tokenizer)
   assert (tmp_path / "model" / "my_code.py").is_file() and export.find_run_model(
@@ -106,14 +106,14 @@ def test_foreign_files_in_workdir_stay_untouched(folder, stories, tmp_path):
   export.save_run_model(tmp_path, source, tokenizer)  # its own is replaced
   (tmp_path / "run.model" / "model.safetensors").write_text("mine")
   with pytest.raises(RequestError, match="the folder holds 'model.safetensors'"):
-    validate_run(config, tmp_path)
+    validate_run(jaxft.config.resolve(config), tmp_path)
   with pytest.raises(RequestError, match="the folder holds 'model.safetensors'"):
     export.save_run_model(tmp_path, source, tokenizer)
   assert (tmp_path / "run.model" / "model.safetensors").read_text() == "mine"
   mine = shutil.copytree(folder, tmp_path / "mine")
   config.model.path = str(mine)
   with pytest.raises(RequestError, match="--workdir: .* is config.model.path"):
-    validate_run(config, tmp_path / "mine" / ".." / "mine")
+    validate_run(jaxft.config.resolve(config), tmp_path / "mine" / ".." / "mine")
 
 
 def test_killed_overwrite_leaves_old_config(folder, tmp_path, monkeypatch):
@@ -165,10 +165,10 @@ def test_unwritable_export_fails_before_training(folder, stories, tmp_path):
   ):
     config.export.out = str(out)
     with pytest.raises(RequestError, match=f"config.export.out.*{message}"):
-      validate_run(config, tmp_path / "run")
+      validate_run(jaxft.config.resolve(config), tmp_path / "run")
   config.export.out, strange = "", tmp_path / os.fsdecode(b"caf\xe9")
   with pytest.raises(RequestError, match="--workdir: .*: its name is not UTF-8"):
-    validate_run(config, strange)
+    validate_run(jaxft.config.resolve(config), strange)
   assert "its name is not UTF-8" in export.validate_export(strange)[0]
 
 
