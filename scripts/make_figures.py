@@ -368,7 +368,7 @@ def fits(page: str) -> str:
       match = re.fullmatch(r"(\d+), ([\d.]+ GiB)(?:, `(\w+)`)?", cell)
       if not match:
         drawing.rect(x + 2, y, W - 4, ROW - 4, "panel")
-        drawing.text(middle, y + 37, "does not fit" if cell == "-" else cell, "s q m")
+        drawing.text(middle, y + 37, "—" if cell == "-" else cell, "s q m")
         continue
       fill = {None: "green", "optimizer": "blue", "all": "orange"}[match[3]]
       drawing.rect(x + 2, y, W - 4, ROW - 4, fill)
@@ -390,7 +390,8 @@ def fits(page: str) -> str:
   first = "Bold: the largest micro-batch, in sequences of 1,024 tokens (GPT-2) or 2,048."
   drawing.text(LEFT, y + 24, first, "s q")
   drawing.text(LEFT, y + 42, "Below it: the peak memory of one device, as compiled.", "s q")
-  return drawing.svg(y + 52)
+  drawing.text(LEFT, y + 60, "—: no micro-batch fits while gradients accumulate.", "s q")
+  return drawing.svg(y + 70)
 
 
 def packages(page: str) -> str:

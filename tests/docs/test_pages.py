@@ -129,8 +129,6 @@ def test_commands_of_a_page_run(name, stand_ins, tmp_path, monkeypatch):
   monkeypatch.chdir(shutil.copytree(stand_ins, tmp_path / "stand_ins", symlinks=True))
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-  if name in ("README.md", "docs/getting_started.md"):
-    shutil.copytree("gpt2", "runs/quickstart/export")  # as `make quickstart` leaves one
   names = {"jaxft": jaxft}  # what one block of Python defines, the next may use
   for i, step in enumerate(steps := FOLLOWED[name]):
     if step.kind == "python":
