@@ -174,9 +174,7 @@ def test_renamed_settings_of_earlier_runs_are_read(old, new):
   assert len(jaxft.config.diff_from_saved(saved, complete())) == 1
   assert jaxft.config.from_json(json.dumps(saved)) == jaxft.config.resolve(config)
   assert jaxft.config.flatten(jaxft.config.rename_saved(saved)) == jaxft.config.flatten(config)
-  assert jaxft.config.unknown_settings([old]) == [
-    f"config.{old}: unknown setting; use {new}"
-  ]
+  assert jaxft.config.unknown_settings([old]) == [f"config.{old}: unknown setting; use {new}"]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
