@@ -305,7 +305,7 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
   )
   refused("config.json: not a JSON object", "list", lambda f: (f / "config.json").write_text("[]"))
   refused(
-    "none of model.safetensors, flax_model.msgpack in it",
+    "it has no model.safetensors or flax_model.msgpack",
     "empty",
     lambda f: (f / "model.safetensors").unlink(),
   )
