@@ -1,8 +1,8 @@
 """A new GPT-2: your text, your tokenizer, new weights.
 
-    python -m jaxft.tokenizer --data my_texts/ --vocab_size 16384 --out my_tokenizer
-    python -m jaxft.train --config configs/gpt2_from_scratch.py --config.data.train=my_texts/
-    python -m jaxft.plan --config configs/gpt2_from_scratch.py --device rtx4090 \\
+    jaxft tokenizer --data my_texts/ --vocab_size 16384 --out my_tokenizer
+    jaxft train --config configs/gpt2_from_scratch.py --config.data.train=my_texts/
+    jaxft plan --config configs/gpt2_from_scratch.py --device rtx4090 \\
       --config.model.path=gpt2   # without either
 
 my_tokenizer/config.json is that of GPT-2 124M. For another size, change n_embd, n_layer and n_head

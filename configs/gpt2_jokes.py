@@ -1,9 +1,9 @@
 """Short jokes: GPT-2 124M, many epochs over little text; exports the best weights.
 
-    python -m jaxft.train --config configs/gpt2_jokes.py --config.data.train=jokes.csv
-    python -m jaxft.generate --workdir runs/gpt2_jokes --prompt "<|endoftext|>Why did" \\
+    jaxft train --config configs/gpt2_jokes.py --config.data.train=jokes.csv
+    jaxft generate --workdir runs/gpt2_jokes --prompt "<|endoftext|>Why did" \\
       --num_return_sequences 5
-    python -m jaxft.plan --config configs/gpt2_jokes.py --device rtx3070   # needs no card
+    jaxft plan --config configs/gpt2_jokes.py --device rtx3070   # needs no card
 
 jokes.csv has the joke in the column Joke. --config.data.text_column names another column.
 

@@ -1,11 +1,11 @@
 """Recipes with special tokens: GPT-2 medium (355M), one recipe per sequence, three passes.
 
-    python -m jaxft.tokenizer --model gpt2-medium \\
+    jaxft tokenizer --model gpt2-medium \\
       --add "<|title|>" "<|ingredients|>" "<|steps|>" --out gpt2_medium_with_marks
-    python -m jaxft.train --config configs/gpt2_medium_recipes.py --config.data.train=recipes.jsonl
-    python -m jaxft.generate --workdir runs/gpt2_medium_recipes \\
+    jaxft train --config configs/gpt2_medium_recipes.py --config.data.train=recipes.jsonl
+    jaxft generate --workdir runs/gpt2_medium_recipes \\
       --prompt "<|endoftext|><|title|>Pancakes<|ingredients|>"
-    python -m jaxft.plan --config configs/gpt2_medium_recipes.py \\
+    jaxft plan --config configs/gpt2_medium_recipes.py \\
       --config.model.path=gpt2-medium --device rtx3070
 
 A special token precedes each part. The first command writes the model with three more tokens. Their

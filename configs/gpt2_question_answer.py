@@ -1,9 +1,9 @@
 """Questions and answers: GPT-2 124M learns to answer and to stop; three passes, loss on answers.
 
-    python -m jaxft.train --config configs/gpt2_question_answer.py --config.data.train=pairs.jsonl
-    python -m jaxft.generate --workdir runs/gpt2_question_answer \\
+    jaxft train --config configs/gpt2_question_answer.py --config.data.train=pairs.jsonl
+    jaxft generate --workdir runs/gpt2_question_answer \\
       --prompt "Question: What is a noun? Answer:"
-    python -m jaxft.plan --config configs/gpt2_question_answer.py --device rtx3070   # needs no card
+    jaxft plan --config configs/gpt2_question_answer.py --device rtx3070   # needs no card
 
 A row has a question and an answer. --config.data.prompt_column and --config.data.completion_column
 name other columns. --config.data.template joins them.

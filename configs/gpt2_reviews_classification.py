@@ -1,9 +1,9 @@
 """Good review or bad: GPT-2 124M with a classification head on 25,000 film reviews, two passes.
 
-    python -m jaxft.train --config configs/gpt2_reviews_classification.py
-    python -m jaxft.evaluate --workdir runs/gpt2_reviews_classification \\
+    jaxft train --config configs/gpt2_reviews_classification.py
+    jaxft evaluate --workdir runs/gpt2_reviews_classification \\
       --data hub:stanfordnlp/imdb:test
-    python -m jaxft.plan --config configs/gpt2_reviews_classification.py --device rtx3070
+    jaxft plan --config configs/gpt2_reviews_classification.py --device rtx3070
 
 For your own reviews, use any .csv, .jsonl or .parquet with a text and a label:
 --config.data.train=reviews.csv --config.data.validation= --config.data.text_column=...

@@ -1,7 +1,7 @@
 """GPT-2 124M on 100,000 TinyStories, full fine-tuning, one pass.
 
-    python -m jaxft.train --config configs/gpt2_tinystories.py
-    python -m jaxft.plan --config configs/gpt2_tinystories.py --device rtx4090   # needs no card
+    jaxft train --config configs/gpt2_tinystories.py
+    jaxft plan --config configs/gpt2_tinystories.py --device rtx4090   # needs no card
 
 Without a network: --config.model.path=FOLDER_OF_GPT2 --config.data.train=stories.jsonl
 --config.data.validation=held_out.jsonl (.txt, .csv and .parquet too; --config.data.text_column

@@ -2,11 +2,11 @@
 
 The loss covers the whole line.
 
-    python -m jaxft.train --config configs/gpt2_vader_speak.py
-    python -m jaxft.generate --workdir runs/gpt2_vader_speak \\
+    jaxft train --config configs/gpt2_vader_speak.py
+    jaxft generate --workdir runs/gpt2_vader_speak \\
       --prompt "Did you remember to buy your ventilator filters?" \\
       --max_new_tokens 90 --no_repeat_ngram_size 2 --top_k 50 --top_p 0.95 --temperature 0.7
-    python -m jaxft.plan --config configs/gpt2_vader_speak.py --device t4   # needs no card
+    jaxft plan --config configs/gpt2_vader_speak.py --device t4   # needs no card
 
 Without a network: --config.model.path=FOLDER_OF_GPT2 --config.data.train=pairs.jsonl, rows of
 {"prompt": ..., "response": ...}.

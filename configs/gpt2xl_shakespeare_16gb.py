@@ -1,8 +1,8 @@
 """All of GPT-2 XL (1.5B) on one 16 GB GPU: Shakespeare, three passes.
 
-    python -m jaxft.train --config configs/gpt2xl_shakespeare_16gb.py \\
+    jaxft train --config configs/gpt2xl_shakespeare_16gb.py \\
       --config.data.train=shakespeare/
-    python -m jaxft.plan --config configs/gpt2xl_shakespeare_16gb.py --device t4   # needs no card
+    jaxft plan --config configs/gpt2xl_shakespeare_16gb.py --device t4   # needs no card
 
 Data       any text, as a folder of .txt files, such as one per play; some are held out. A single
            file must be split by --config.data.separator. The complete works are book 100 of

@@ -1,7 +1,7 @@
 """All of GPT-J-6B on one 8 GB GPU: your own texts, one pass.
 
-    python -m jaxft.train --config configs/gptj_6b_8gb.py --config.data.train=my_texts/
-    python -m jaxft.plan --config configs/gptj_6b_8gb.py --device rtx3070   # needs no card
+    jaxft train --config configs/gptj_6b_8gb.py --config.data.train=my_texts/
+    jaxft plan --config configs/gptj_6b_8gb.py --device rtx3070   # needs no card
 
 Hardware   one 8 GB GPU and 128 GB of host memory. Weights, gradient and Adam's moments, 90 GiB,
            stay on the host, and one layer at a time is on the device. An RTX 3070 takes 5.6 GiB of

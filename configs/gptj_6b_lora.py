@@ -1,7 +1,7 @@
 """LoRA adapters for GPT-J-6B on one 16 GB GPU: 7 of its 6,051 million parameters are trained.
 
-    python -m jaxft.train --config configs/gptj_6b_lora.py --config.data.train=my_texts/
-    python -m jaxft.plan --config configs/gptj_6b_lora.py --device rtx4080   # needs no card
+    jaxft train --config configs/gptj_6b_lora.py --config.data.train=my_texts/
+    jaxft plan --config configs/gptj_6b_lora.py --device rtx4080   # needs no card
 
 Hardware   one 16 GB GPU with bfloat16, where the frozen weights take 11.3 GiB, and 48 GB of host
            memory. The export merges the adapters into float32 weights there, some 28 GiB.

@@ -1,9 +1,9 @@
 r"""All of GPT-J-6B on eight TPU v5e chips (16 GB each), or on eight GPUs of 24 GB or more.
 
-  python -m jaxft.train --config configs/gptj_6b_v5e8.py --config.data.train=my_texts/ \
+  jaxft train --config configs/gptj_6b_v5e8.py --config.data.train=my_texts/ \
     --config.data.validation=
   # the memory it takes, without chips or data
-  python -m jaxft.plan --config configs/gptj_6b_v5e8.py --device v5e:2x4,rtx4090x8
+  jaxft plan --config configs/gptj_6b_v5e8.py --device v5e:2x4,rtx4090x8
 
 The 6.05 billion float32 weights and Adam's moments, 73 GB, are split over the chips, 9.1 GB each.
 Each layer is gathered in bfloat16 when it runs. The TPU compiler reports 13.6 GiB a chip of 15.75

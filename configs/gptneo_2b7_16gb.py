@@ -1,7 +1,7 @@
 """All of GPT-Neo 2.7B on one 16 GB GPU: your own texts, one pass.
 
-    python -m jaxft.train --config configs/gptneo_2b7_16gb.py --config.data.train=my_texts/
-    python -m jaxft.plan --config configs/gptneo_2b7_16gb.py --device t4   # needs no card
+    jaxft train --config configs/gptneo_2b7_16gb.py --config.data.train=my_texts/
+    jaxft plan --config configs/gptneo_2b7_16gb.py --device t4   # needs no card
 
 Hardware   one 16 GB GPU and 64 GB of host memory. Weights, gradient and Adam's moments, 40 GiB,
            stay on the host, and one layer at a time is on the device. A T4, which has no bfloat16,

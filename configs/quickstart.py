@@ -1,6 +1,6 @@
 """The quickstart: a small GPT-2 that has read only ships' logs learns to write village stories.
 
-    python -m jaxft.train --config configs/quickstart.py
+    jaxft train --config configs/quickstart.py
 
 It runs offline, on two CPU cores, in two to three minutes: 715 steps of 8 x 256 tokens. Expect an
 eval loss of 11.1 nats per token before, because ships' logs mention no village, and 0.47 after. The

@@ -73,7 +73,7 @@ CONFIGS_HEAD = """
 
 Each config is unchanged, on the hardware that its docstring names. Seconds per step are an \
 estimate, with the assumptions that
-`python -m jaxft.plan` prints.
+`jaxft plan` prints.
 
 | config | for | peak of a device, of | in the host's memory, each device | a step |
 |---|---|---|---|---|

@@ -164,7 +164,7 @@ def main() -> None:
     log.write_text(output)
   FIGURES.mkdir(exist_ok=True)
   (FIGURES / "terminal.svg").write_text(render(scenes(log.read_text())))
-  screenshot(WORKDIR / "report.html", FIGURES / "report.png", 1100, 1000)
+  screenshot(WORKDIR / "report.html", FIGURES / "report.png", 1100, 1240)
   print(f"made {FIGURES / 'terminal.svg'} and {FIGURES / 'report.png'}")
 
 

@@ -201,7 +201,7 @@ def _load_data(
   config: Config, source: HFCheckpoint, tokenizer: "PreTrainedTokenizerFast"
 ) -> tuple[PreparedData, HFCheckpoint]:
   """Read all documents; for classification, add a head for the classes in the data."""
-  with ProgressBar("tokenising", 1) as progress:
+  with ProgressBar("tokenizing", 1) as progress:
     on_progress = lambda done, total: progress.update(done, total=total)
     data = prepare_data(config.data, tokenizer, fingerprint(tokenizer), on_progress, log)
   if data.labels:

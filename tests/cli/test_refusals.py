@@ -165,9 +165,9 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     ),
     (
       ["jaxft.export", "--workdir", "{workdir}", "--out", "x", "--step", "7"],
-      "no checkpoint of step 7; it has [10, 12]",
+      "no checkpoint of step 7; its steps: [10, 12]",
     ),
-    (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
+    (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not the folder of a run"),
     (
       ["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"],
       "--step needs --workdir",

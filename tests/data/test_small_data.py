@@ -420,7 +420,8 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   assert (run.export / "model.safetensors").exists()
   assert "| eval loss | none: the run held out no text |" in (run.export / "README.md").read_text()
   assert (
-    "Nothing was held out, so there is no eval loss." in (run.workdir / "report.html").read_text()
+    "No text was held out, so the run has no eval loss."
+    in (run.workdir / "report.html").read_text()
   )
   with pytest.raises(RequestError, match="the run held out no text; name a text with --data"):
     load_workdir(run.workdir).evaluate_held_out()

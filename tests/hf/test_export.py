@@ -305,7 +305,7 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
   )
   refused("config.json: not a JSON object", "list", lambda f: (f / "config.json").write_text("[]"))
   refused(
-    "none of model.safetensors, flax_model.msgpack in it",
+    "it has no model.safetensors or flax_model.msgpack",
     "empty",
     lambda f: (f / "model.safetensors").unlink(),
   )
@@ -327,7 +327,7 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
   )
   refused("is not a file of this folder", "gone", index({"a": "model-1.safetensors"}))
   refused("not an index", "map", index(["a"]))
-  refused("'x.bin' is no .safetensors file", "pickle", index({"a": "x.bin"}))
+  refused("'x.bin' is not a .safetensors file", "pickle", index({"a": "x.bin"}))
 
 
 def test_export_replaces_only_earlier_exports(folder, tmp_path):
