@@ -267,7 +267,7 @@ def _build_cache(
       "characters of config.data; use a model whose tokenizer was trained on such text"
     )
   extra = sum(int(np.maximum(repeats_N - 1, 0).sum()) for repeats_N in repeats)
-  survey.notes["rows read again, as their weight says"] = extra
+  survey.notes["rows repeated because of their weight"] = extra
   return Manifest(
     files=files,
     labels=survey.labels,

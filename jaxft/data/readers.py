@@ -140,9 +140,9 @@ def _read_archive(file: Path, options: ReaderOptions, notes: Counter[str]) -> It
     entries = select_files(
       f"data source {str(file)!r}", readable, "unpack it and name the files to read"
     )
-    notes["files in archives that are of no kind that is read"] += len(suffixes) - len(readable)
-    unselected = "read only where there is no other kind (.json, .md, ...)"
-    notes[f"files in archives that are {unselected}"] += len(readable) - len(entries)
+    notes["files in archives with an unsupported format, skipped"] += len(suffixes) - len(readable)
+    unselected = "files in archives that are read only without other formats (.md, ...), skipped"
+    notes[unselected] += len(readable) - len(entries)
     for entry in entries:
       location = f"{file}: {entry.filename}"
       suffix = suffixes[entry]
@@ -244,7 +244,7 @@ def _read_stream(
   elif suffix == ".tsv":
     content = stream.read()
     quoted = _has_quoted_cells(content)
-    notes[".tsv files whose quotes are letters"] += not quoted
+    notes[".tsv files with quotes that are ordinary characters"] += not quoted
     stream = io.BufferedReader(io.BytesIO(content))
     yield from _read_csv(location, stream, options, notes, "\t", quoted)
   elif suffix == ".json":
@@ -264,7 +264,7 @@ def _read_text(
   for number, document in enumerate(documents, 1):
     row_location = f"{location}, part {number}" if separator else location
     if separator and not document.strip():  # before the first separator or after the last
-      notes["parts between separators with nothing but blanks in them, left out"] += 1
+      notes["blank parts between separators, skipped"] += 1
       continue
     try:
       label = {options.label_column: options.label} if options.label_column else {}
@@ -306,7 +306,7 @@ def _read_json_lines(
   for number, line in enumerate(stream, 1):
     row_location = f"{location}, row {number}"
     if not line.strip():
-      notes["blank lines, left out"] += 1
+      notes["blank lines, skipped"] += 1
       continue
     try:
       row = json.loads(line.decode())
@@ -391,7 +391,7 @@ def _detect_delimiter(
     except csv.Error:
       continue
     if len(names) > 1 if options.columns is None else set(names) & set(options.columns):
-      notes[f"csv files whose cells are divided by {delimiter!r}"] += delimiter != default
+      notes[f"csv files with the delimiter {delimiter!r}"] += delimiter != default
       return delimiter
   return default
 

@@ -42,8 +42,8 @@ TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 TOKENIZER_FILES |= {"vocab.json", "special_tokens_map.json"}
 HUB_TIMEOUT = 5  # seconds to wait for the hub
 # Notes of data_report.json.
-SEEN_NOTE = "links to folders that are read anyway, or that hold this one, left out"
-RUN_NOTE = "files of a run or a model, left out"
+SEEN_NOTE = "links to folders that are read anyway or contain this one, skipped"
+RUN_NOTE = "files of a run or a model, skipped"
 RUN_KIND = "folders of runs"
 SAVED_STATE = "state.json"  # written by datasets.Dataset.save_to_disk
 SAVED_SPLITS = "dataset_dict.json"  # written by datasets.DatasetDict.save_to_disk
@@ -112,8 +112,8 @@ def _folder_files(folder: Path, split: str, notes: Counter[str]) -> list[Path]:
       "give a file, a glob, a folder or hub:NAME"
     )
   if left := Counter(file_format(file) for file in {*files} - {*selected}):
-    notes["files in folders that are of no kind that is read"] += left.pop("", 0)
-    named_only = "files in folders that are read only if they are named (.json, .md, .zip, ...)"
+    notes["files in folders with an unsupported format, skipped"] += left.pop("", 0)
+    named_only = "files in folders that are read only if named (.json, .md, .zip, ...), skipped"
     notes[named_only] += left.total()
   return selected
 
@@ -164,7 +164,7 @@ def _list_files(folder: Path, notes: Counter[str]) -> list[Path]:
       skipped = {name: sub for name in folders if (sub := _non_text_kind(path / name))}
       if kind == RUN_KIND:
         skipped |= {name: RUN_KIND for name in folders if name in RUN_FOLDERS}
-      notes.update(f"{sub}, left out" for sub in skipped.values())
+      notes.update(f"{sub}, skipped" for sub in skipped.values())
       folders[:] = [name for name in folders if name not in skipped]
       run_files = _run_files(kind, names)
       notes[RUN_NOTE] += len(run_files)
@@ -211,7 +211,7 @@ def _is_accessible(file: Path, notes: Counter[str]) -> bool:
   except PermissionError:
     raise
   except OSError:  # a broken link, or a link to itself
-    notes["links that lead nowhere, left out"] += 1
+    notes["broken links, skipped"] += 1
     return False
   return True
 

@@ -252,7 +252,7 @@ def small_data_warnings(config: Config, data: PreparedData, total_steps: int) ->
 
 
 def _data_summary(report: Json, rows: int) -> str:
-  """Summarize in one line how much text is trained on, held out and left out."""
+  """Summarize in one line how much text is trained on, held out and dropped."""
   documents = report["rows"]
   tokens = report["tokens"]
   held_out = format_count(documents["held_out"], "document")
@@ -263,5 +263,5 @@ def _data_summary(report: Json, rows: int) -> str:
     f"{format_count(documents['trained'], 'document')} with "
     f"{format_count(tokens['trained'], 'token')} to train on, in {format_count(rows, 'row')} of "
     f"{report['sequence_length']}; {held_out} with {format_count(tokens['held_out'], 'token')} "
-    "held out" + (f"; left out: {dropped}" if dropped else "")
+    "held out" + (f"; dropped: {dropped}" if dropped else "")
   )

@@ -204,7 +204,7 @@ def test_source_weights_repeat_documents(tokenizer, tmp_path):
   rows = data.report["rows"]
   assert rows == {"read": 91, "trained": 76, "held_out": 1, "dropped": {"weight of the source": 14}}
   assert len(set(texts[:20])) == 20  # a pass over all documents comes before any comes again
-  assert data.report["notes"] == {"rows read again, as their weight says": 30}
+  assert data.report["notes"] == {"rows repeated because of their weight": 30}
   plain = prepared(
     tokenizer, tmp_path / "cache", [f.split("@")[0] for f in files], validation=(str(held),)
   )

@@ -81,7 +81,7 @@ def test_folder_skips_hidden_and_counts_unknown(tmp_path):
     write(tmp_path, name, name)
   notes = collections.Counter()
   assert sorted(texts(str(tmp_path), notes=notes)) == ["B.TXT", "a.txt"]
-  assert notes["files in folders that are of no kind that is read"] == 1
+  assert notes["files in folders with an unsupported format, skipped"] == 1
   os.mkfifo(tmp_path / "pipe.txt")
   data = DataSection(train=(str(tmp_path / "pipe.txt"),))
   assert "not an ordinary file" in sources.validate_sources(data)[0]
@@ -349,7 +349,7 @@ def test_zip_archive_is_the_files_in_it(tmp_path):
       archive.writestr(name, content)
   notes = collections.Counter()
   assert texts(str(tmp_path / "a.zip"), notes=notes) == ["x", TEXT, "p"]
-  assert notes["files in archives that are of no kind that is read"] == 2
+  assert notes["files in archives with an unsupported format, skipped"] == 2
   (tmp_path / "cut.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:-30])
   with pytest.raises(RequestError, match="cut.zip: "):
     texts(str(tmp_path / "cut.zip"))
@@ -409,7 +409,7 @@ def test_tsv_quotes_are_letters_if_not_csv(tmp_path):
     texts(write(tmp_path, "a.tsv", stray), notes=notes)
     == stray.replace("\t", "\n").split("\n")[3::2]
   )
-  assert notes[".tsv files whose quotes are letters"] == 1
+  assert notes[".tsv files with quotes that are ordinary characters"] == 1
   assert texts(write(tmp_path, "b.tsv", 'text\tx\na "quoted" word\t1\n"so" it goes\t2\n')) == [
     'a "quoted" word',
     '"so" it goes',
@@ -484,11 +484,9 @@ def test_links_are_followed_once(tmp_path, monkeypatch):
   notes = collections.Counter()
   assert sorted(texts(str(data), notes=notes)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
   assert notes[sources.SEEN_NOTE] == 3
-  assert notes["links that lead nowhere, left out"] == 1
+  assert notes["broken links, skipped"] == 1
   notes = collections.Counter()
-  assert (
-    texts(f"{data}/*", notes=notes) == ["a.txt"] and notes["links that lead nowhere, left out"] == 1
-  )
+  assert texts(f"{data}/*", notes=notes) == ["a.txt"] and notes["broken links, skipped"] == 1
   notes = collections.Counter()  # of patterns; with glob.glob two loops would be 2^40 folders
   assert sorted(texts(f"{data}/**/*.txt", notes=notes)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
   assert notes[sources.SEEN_NOTE] == 3 and texts(f"{data}/*/b.txt") == ["b.txt"]
@@ -580,7 +578,7 @@ def test_folder_of_several_odd_formats_is_an_error(tmp_path):
   write(tmp_path, "b.jsonl", '{"text": "b"}')
   notes = collections.Counter()
   assert texts(str(tmp_path), notes=notes) == ["b"]
-  assert notes["files in folders that are read only if they are named (.json, .md, .zip, ...)"] == 2
+  assert notes["files in folders that are read only if named (.json, .md, .zip, ...), skipped"] == 2
   with pytest.raises(RequestError, match="one JSON object with 'data', not a list of rows"):
     texts(write(tmp_path, "c.json", json.dumps({"data": [{"text": "a"}]}, indent=1)))
 

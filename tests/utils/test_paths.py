@@ -298,8 +298,8 @@ def test_text_folder_skips_runs_and_models(finished, folder, tmp_path):
   first = dataset.prepare_data(data, tokenizer, "")
   assert first.report["rows"]["read"] == 12
   assert (
-    first.report["notes"]["folders of runs, left out"] == 2
-    and first.report["notes"]["folders of models, left out"] == 4
+    first.report["notes"]["folders of runs, skipped"] == 2
+    and first.report["notes"]["folders of models, skipped"] == 4
   )
   assert {path.name for path in sources.find_files(f"{tmp_path}/**/*.jsonl", "train")} == {
     "a.jsonl",
