@@ -159,7 +159,8 @@ class DataSection:
   nats_column: str = setting(
     "",
     "column with -log p of each document in nats, if the text was sampled from a known "
-    "distribution; the run then prints this entropy floor next to the eval loss",
+    "distribution; the run then prints this entropy floor, which no model can beat, next to the "
+    "eval loss",
   )
   sequence_length: int = setting(512, "tokens per sequence", at_least(2))
   limit_train: int = setting(
@@ -459,7 +460,7 @@ PATH_SETTINGS = (
 # have set, to its default.
 EXCLUSIVE_PAIRS = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_ratio"))
 
-# Settings that may change when a run is resumed: they affect files and speed, not the weights.
+# Settings that may change when a run is resumed: they affect files, logs and speed, not updates.
 MUTABLE_ON_RESUME = frozenset(
   {
     *(name for name in BY_NAME if name.startswith(("mesh.", "memory.", "tracking.", "export."))),
@@ -737,7 +738,9 @@ def _validate_combinations(config: Config) -> list[str]:
   if len(rest) > 1:
     lines.append(f"{' and '.join(rest)}: only one can be -1")
   if optim.end_learning_rate > optim.learning_rate:
-    lines.append(f"{show('optim.end_learning_rate')}: is above {show('optim.learning_rate')}")
+    lines.append(
+      f"{show('optim.end_learning_rate')}: must be at most {show('optim.learning_rate')}"
+    )
   if optim.warmup_steps and optim.warmup_ratio:
     warmup = f"{show('optim.warmup_steps')} and {show('optim.warmup_ratio')}"
     lines.append(f"{warmup}: set only one of the two")

@@ -29,8 +29,7 @@ def main() -> None:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
   if arguments.layout and not arguments.data:
     raise RequestError(
-      f"--layout={arguments.layout}: requires --data; "
-      "the held-out set of a run keeps the run's layout"
+      f"--layout={arguments.layout}: needs --data; the held-out set of a run keeps the run's layout"
     )
   lines = sources.validate_sources(DataSection(validation=tuple(arguments.data)))
   lines = [line.replace("config.data.validation", "--data") for line in lines]

@@ -197,7 +197,7 @@ def _check_compat_flags(arguments: argparse.Namespace) -> None:
     if value := getattr(arguments, name):
       raise RequestError(f"--{name}={value}: {reason}")
   if arguments.use_cpu and arguments.require:
-    raise RequestError(f"--use_cpu and --require={arguments.require}: remove one of the two flags")
+    raise RequestError(f"--use_cpu and --require={arguments.require}: use only one of the two")
   if arguments.fp16:
     flag = arguments.given_as.get("fp16", "fp16")
     print(f"--{flag}: {run_generation.FLAG_NOTES['fp16']}", file=sys.stderr)

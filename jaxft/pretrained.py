@@ -235,7 +235,7 @@ class Pretrained:
     examples = read_examples(names, "validation", config, unused, unused, _print_stderr)
     text = tokenize.encode_in_memory(examples, self.tokenizer, self.labels)
     if not len(text):
-      raise RequestError(f"data source {names}: it has no rows")
+      raise RequestError(f"data source {names}: has no rows")
     rows = build_dataset(text, config, self.tokenizer.eos_token_id)
     if not len(rows):
       raise RequestError(
@@ -283,7 +283,7 @@ class Pretrained:
 
   def _check_stride(self, stride: int, length: int) -> None:
     if stride and self.labels:
-      raise RequestError(f"--stride={stride}: not supported for classifiers")
+      raise RequestError(f"--stride={stride}: not supported for classifiers; leave it out")
     if stride and not 1 <= stride < length:
       raise RequestError(
         f"--stride={stride}: must be from 1 to {length - 1}, below the sequence length {length}"

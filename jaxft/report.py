@@ -21,7 +21,7 @@ def main() -> None:
   if out.is_dir():
     raise RequestError(f"--out={str(out)!r}: a folder; give the name of a file")
   if not out.parent.is_dir():
-    raise RequestError(f"--out={str(out)!r}: no such folder")
+    raise RequestError(f"--out={str(out)!r}: no such folder; create {str(out.parent)!r}")
   records = [run_record.load(workdir) for workdir in workdirs]
   atomic_write(out, comparison.render(records) if several else run_page.render(records[0]))
   for record in records:

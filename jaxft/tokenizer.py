@@ -114,7 +114,7 @@ def main() -> None:
   arguments = parsers.tokenizer().parse_args()
   out = Path(arguments.out)
   if bool(arguments.model) != bool(arguments.add):
-    raise RequestError("--model and --add go together: give the model, and the tokens to add to it")
+    raise RequestError("--model and --add: use both, the model and the tokens to add to it")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise RequestError(f"--out={arguments.out!r}: already exists; name a new folder")
   if arguments.model:

@@ -89,7 +89,7 @@ def finetune(
   Raises:
     RequestError: the settings, the data or the model cannot be used, or the workdir holds another
       run.
-    NumericsError: loss or weights are not finite.
+    NumericsError: the loss, a gradient or a weight is not finite.
     StorageError: a checkpoint or the export could not be written or is damaged.
     Preempted: a signal stopped the run; calling again resumes it.
   """

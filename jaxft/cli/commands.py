@@ -79,7 +79,7 @@ def suggestion(word: str) -> str:
     return f"{word!r}: name a command before the flags, such as: jaxft train {word}"
   near = _nearest(word, [*COMMANDS, "quickstart"])
   hint = f"did you mean {near}?" if near else "jaxft --help lists them"
-  return f"{word!r}: no such command; {hint}"
+  return f"{word!r}: unknown command; {hint}"
 
 
 def as_typed(usage: str) -> str:

@@ -83,7 +83,9 @@ def read(file: Path) -> ParsedConfig:
       reason = "not a file" if file.exists() else "no such file"
       raise RequestError(f"{file}: {reason}; give a ds_config.json")
     if (size := file.stat().st_size) > MAX_FILE_BYTES:
-      raise RequestError(f"{file}: {size:,} bytes; too large for a DeepSpeed config")
+      raise RequestError(
+        f"{file}: {size:,} bytes; too large for a DeepSpeed config, at most {MAX_FILE_BYTES:,}"
+      )
     text = file.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise RequestError(f"{file}: byte {error.start:,} is not UTF-8; save it as UTF-8") from error
@@ -202,7 +204,7 @@ def _translate_leaf(ctx: Context, key: str, value: object) -> str:
     inside = next(name for name in deepspeed_keys.known_keys() if name.startswith(f"{key}."))
     raise ValueError(f"must be an object with keys such as {inside.removeprefix(f'{key}.')}")
   if rule is None:
-    raise LookupError("DeepSpeed has no such key")
+    raise LookupError("unknown key")
   if isinstance(value, Mapping) and (value or not _section_without_rules(key)):
     raise ValueError("must be a value, not an object")
   numbers = value if isinstance(value, list) else [value]
@@ -213,7 +215,7 @@ def _translate_leaf(ctx: Context, key: str, value: object) -> str:
 
 
 def _rule_for(ctx: Context, key: str) -> Rule | None:
-  """Return the rule of a key in this file, or None if DeepSpeed has no such key."""
+  """Return the rule of a key in this file, or None if the key is unknown."""
   section, _, param = key.partition(".params.")
   if param and section in deepspeed_sections.TYPES:
     return _param_rule(ctx, section, param)

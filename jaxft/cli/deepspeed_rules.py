@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeGuard
 import jaxft.config
 from jaxft import config_checks
 
-AUTO = "auto: as the flags or their defaults say"
+AUTO = "auto: set by flags or their defaults"
 
 
 class Context:

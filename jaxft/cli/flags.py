@@ -135,7 +135,7 @@ def parse(
     rest = values(argv)
   except flags.UnrecognizedFlagError as error:
     hint = _suggestion(error.flagname, [*bool_flags, *str_flags, *int_flags])
-    raise RequestError(f"--{error.flagname}: no such flag; {hint}") from error
+    raise RequestError(f"--{error.flagname}: unknown flag; {hint}") from error
   except Exception as error:  # an invalid override: the parser raises errors of many types
     raise RequestError(_one_line_error(error)) from error
   if rest[1:]:

@@ -90,13 +90,13 @@ class Parser(argparse.ArgumentParser):
     current = getattr(arguments, name)
     if current is not None and current != value:
       both = f"{alias}={_format_value(value)} and --{name}={_format_value(current)}"
-      self.error(f"{both} set the same value; use only one of them")
+      self.error(f"{both} set the same value; use only one of the two")
     setattr(arguments, name, value)
 
   def _with_known_names(self, words: list[str]) -> list[str]:
     """Normalize the spelling of flags, and reject unknown ones.
 
-    argparse would report a missing flag before a misspelt one.
+    argparse would report a missing flag before a misspelled one.
     """
     result = []
     for i, word in enumerate(words):
@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
       if name in self._option_string_actions or not re.fullmatch(r"--?[^\W\d][\w.-]*", name):
         known = name
       elif (known := "--" + name[2:].replace("-", "_")) not in self._option_string_actions:
-        self.error(f"{name}: no such flag{self._suggestion(name)}")
+        self.error(f"{name}: unknown flag{self._suggestion(name)}")
       action = self._option_string_actions.get(known)
       next_word = "".join(words[i + 1 : i + 2]).lower()
       if action and action.nargs == "?" and not equals and next_word not in BOOLEANS:
@@ -176,7 +176,7 @@ class ModelParser(Parser):
       self._set(arguments, "model", word, "MODEL")
     model = arguments.model
     if model is not None and arguments.workdir is not None:
-      self.error(f"--model={model} and --workdir={arguments.workdir}: use only one of them")
+      self.error(f"--model={model} and --workdir={arguments.workdir}: use only one of the two")
     if model is None and arguments.workdir is None:
       self.error(
         "--model is missing: set it to a Hugging Face folder or hub id, or set --workdir to a run"

@@ -196,7 +196,8 @@ _NO_OPS = _by_flag(
     "low_cpu_mem_usage": "",
     "eval_on_start": FIRST_EVALUATION,
     "prediction_loss_only": "",
-    "logging_first_step=False": f"{FIRST_EVALUATION}; its loss is not logged twice",
+    "logging_first_step=False": f"{FIRST_EVALUATION}; the loss of the first step is not "
+    "logged separately",
     "logging_nan_inf_filter": "non-finite steps are always reported and never applied",
     "include_num_input_tokens_seen=X": "",
     "past_index=X": "no state carries over from batch to batch",
@@ -435,9 +436,9 @@ def _split_words(words: list[str], own: set[str]) -> tuple[list[str], dict[str, 
         notes.append(f"--{name}={flags[name]}: overridden by --{name}={value}")
       flags[name] = value
     elif word.startswith("--") and name not in ours and not name.startswith("config."):
-      lines.append(f"{word.split('=')[0]}: no such flag; {_suggestion(name, KNOWN_FLAGS | own)}")
+      lines.append(f"{word.split('=')[0]}: unknown flag; {_suggestion(name, KNOWN_FLAGS | own)}")
     elif word.startswith("-") and word[1:2].isalpha() and name in KNOWN_FLAGS | own_names:
-      lines.append(f"{word.split('=')[0]}: no such flag; did you mean --{name}?")
+      lines.append(f"{word.split('=')[0]}: unknown flag; did you mean --{name}?")
     else:
       own_words.append(word)
   if lines:

@@ -162,7 +162,7 @@ def _load_unrelated(data: DataSection, tokenizer: "PreTrainedTokenizerBase") -> 
   examples = read_examples(data.unrelated, "validation", data, ignored, ignored)
   arrays = tokenize.encode_in_memory(examples, tokenizer)
   if not len(arrays):
-    raise RequestError(f"config.data.unrelated={data.unrelated!r}: found no text in it")
+    raise RequestError(f"config.data.unrelated={data.unrelated!r}: has no text; name other sources")
   return build_dataset(arrays, data, tokenizer.eos_token_id)
 
 

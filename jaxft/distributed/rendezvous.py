@@ -62,7 +62,7 @@ def detect_processes(
     return None
   in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
   if in_pod and no_flags and not (coordinator or importlib.util.find_spec("kubernetes")):
-    advice = "to find the other pods of this job, JAX needs a package: pip install kubernetes"
+    advice = "to find other pods of this job, if any, JAX needs a package: pip install kubernetes"
     log(f"running alone: {advice}; {REQUIRED_FLAGS}")
   known = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
   if all(value is None for value in known.values()) or processes == 1:

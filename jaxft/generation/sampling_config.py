@@ -128,8 +128,8 @@ def validate_do_sample(temperature: float | None, num_beams: int) -> None:
     )
   if temperature == 0:
     raise RequestError(
-      "--do_sample=True: --temperature=0.0 always takes the likeliest token; remove one of the two "
-      "flags"
+      "--do_sample=True: --temperature=0.0 always takes the likeliest token; use only one of "
+      "the two"
     )
 
 

@@ -201,7 +201,9 @@ def validate_workdir(workdir: Path) -> list[str]:
   try:
     for file in folder.iterdir():
       if file.name not in RUN_MODEL_FILES or not file.is_file():
-        what = f"a run saves its model's config here, but the folder holds {file.name!r}"
+        what = (
+          f"a run saves its model's config here, but the folder holds {file.name!r}; move it away"
+        )
         return [f"{str(folder)!r}: {what}"]
   except FileNotFoundError:
     pass

@@ -169,7 +169,7 @@ def validate_model(path: str, weights: bool = True, torch_bin: bool = False) -> 
 
 
 def is_local(path: str) -> bool:
-  """Return whether this is a path: it exists, or cannot be a hub id."""
+  """Return whether this is a path: it exists, or is not NAME or OWNER/NAME."""
   return exists(Path(path)) or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
 
 

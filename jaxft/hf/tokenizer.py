@@ -1,7 +1,6 @@
 """Loads, checks and saves a Hugging Face folder's tokenizer.
 
-It is saved such that transformers 4 and 5 both read it.
-
+Both transformers 4 and 5 can read the saved files.
 
 We check what AutoTokenizer returns. For a folder without a vocabulary, transformers 5 makes a
 tokenizer of one token. For a vocab.json without merges it makes one that splits every word into

@@ -160,8 +160,8 @@ def known_bugs() -> list[str]:
     )
   if has_cpu_mesh_bug():
     lines.append(
-      f"jax {jax.__version__}: XLA's CPU compiler crashes on several devices, so jaxft refuses; "
-      "one CPU device, GPUs and TPUs work"
+      f"jax {jax.__version__}: XLA's CPU compiler crashes on several devices, so jaxft refuses "
+      "them; one CPU device, GPUs and TPUs work"
     )
   return lines
 

@@ -62,8 +62,8 @@ def test_help_comes_quickly():
 @pytest.mark.parametrize(
   "words, message",
   [
-    (["tarin"], "error: 'tarin': no such command; did you mean train?\n"),
-    (["xyzzy"], "error: 'xyzzy': no such command; jaxft --help lists them\n"),
+    (["tarin"], "error: 'tarin': unknown command; did you mean train?\n"),
+    (["xyzzy"], "error: 'xyzzy': unknown command; jaxft --help lists them\n"),
     (["--config", "x"], "error: '--config': name a command before the flags, such as: jaxft train"),
   ],
 )

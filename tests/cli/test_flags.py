@@ -383,12 +383,12 @@ def test_flag_overrides_any_file_value(monkeypatch, tmp_path, value):
 @pytest.mark.parametrize(
   "words, message",
   [
-    (["--block_size=8"], "--block_size: no such flag; did you mean --config.data.sequence_length?"),
-    (["--max_length=8"], "--max_length: no such flag; did you mean --config.data.sequence_length?"),
-    (["--train_file", "x"], "--train_file: no such flag; did you mean --config.data.train?"),
-    (["--jsno"], "--jsno: no such flag; did you mean --json?"),
+    (["--block_size=8"], "--block_size: unknown flag; did you mean --config.data.sequence_length?"),
+    (["--max_length=8"], "--max_length: unknown flag; did you mean --config.data.sequence_length?"),
+    (["--train_file", "x"], "--train_file: unknown flag; did you mean --config.data.train?"),
+    (["--jsno"], "--jsno: unknown flag; did you mean --json?"),
     (["--json=maybe"], "--json=maybe: maybe is not true or false"),
-    (["--remat=full"], "--remat: no such flag; did you mean --config.memory.remat?"),
+    (["--remat=full"], "--remat: unknown flag; did you mean --config.memory.remat?"),
   ],
 )
 def test_flags_of_other_commands_suggest_settings(monkeypatch, tmp_path, words, message):

@@ -49,7 +49,7 @@ def test_mistyped_flags_get_the_right_hint(command):
         assert (
           refusal.value.exit_code == 2
           and "\n" not in said
-          and ": no such flag; did you mean" in said
+          and ": unknown flag; did you mean" in said
         )
         assert flag in said.removesuffix("?").split("did you mean ")[1].split(" or "), (wrong, said)
 
@@ -60,18 +60,18 @@ def test_flag_prefixes_are_rejected(command):
   for flag in flags(command):
     for end in range(5, len(flag)):
       if flag[:end] not in parser._option_string_actions:
-        with pytest.raises(RequestError, match=f"{flag[:end]}: no such flag"):
+        with pytest.raises(RequestError, match=f"{flag[:end]}: unknown flag"):
           parser.parse_args([*COMMANDS[command], flag[:end], "1"])
 
 
 @pytest.mark.parametrize(
   "words, message",
   [
-    (["--modle", "x"], "--modle: no such flag; did you mean --model?"),
-    (["--num_samples", "3"], "--num_samples: no such flag; did you mean --num_return_sequences?"),
-    (["-model", "x"], "-model: no such flag; did you mean --model?"),
-    (["--top_", "3"], "--top_: no such flag; did you mean --top_k or --top_p?"),
-    (["--config.model.path=x"], "--config.model.path: no such flag; --help lists all flags"),
+    (["--modle", "x"], "--modle: unknown flag; did you mean --model?"),
+    (["--num_samples", "3"], "--num_samples: unknown flag; did you mean --num_return_sequences?"),
+    (["-model", "x"], "-model: unknown flag; did you mean --model?"),
+    (["--top_", "3"], "--top_: unknown flag; did you mean --top_k or --top_p?"),
+    (["--config.model.path=x"], "--config.model.path: unknown flag; --help lists all flags"),
     (["x", "y"], "'y': unexpected argument; use --prompt for text to complete"),
     (["x", "--top_k", "many"], "--top_k: invalid int value: 'many'"),
     (["x", "--do_sample=maybe"], "--do_sample: 'maybe': must be True or False"),
@@ -79,20 +79,23 @@ def test_flag_prefixes_are_rejected(command):
       ["--prompt", "x"],
       "--model is missing: set it to a Hugging Face folder or hub id, or set --workdir to a run",
     ),
-    (["x", "--workdir", "y"], "--model=x and --workdir=y: use only one of them"),
-    (["x", "--model=y"], "MODEL=x and --model=y set the same value; use only one of them"),
+    (["x", "--workdir", "y"], "--model=x and --workdir=y: use only one of the two"),
+    (["x", "--model=y"], "MODEL=x and --model=y set the same value; use only one of the two"),
     (
       ["--model_name_or_path=x", "--model", "y"],
       "--model_name_or_path=x and --model=y set the same value; use only one of",
     ),
     (
       ["x", "--length=3", "--max-new-tokens=4"],
-      "--length=3 and --max_new_tokens=4 set the same value; use only one of them",
+      "--length=3 and --max_new_tokens=4 set the same value; use only one of the two",
     ),
-    (["x", "--k=3", "--top_k=4"], "--k=3 and --top_k=4 set the same value; use only one of them"),
+    (
+      ["x", "--k=3", "--top_k=4"],
+      "--k=3 and --top_k=4 set the same value; use only one of the two",
+    ),
     (
       ["x", "--p=.3", "--top_p=.4"],
-      "--p=0.3 and --top_p=0.4 set the same value; use only one of them",
+      "--p=0.3 and --top_p=0.4 set the same value; use only one of the two",
     ),
     (
       ["x", "--stop_token=a", "--stop_strings", "b"],

@@ -28,7 +28,7 @@ FAULTS = {
   ),
   "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
   "broken config": (["--config={tmp}/broken.py"], "broken.py failed: NameError"),
-  "mistyped flag": (["--wokdir=x"], "--wokdir: no such flag; did you mean --workdir?"),
+  "mistyped flag": (["--wokdir=x"], "--wokdir: unknown flag; did you mean --workdir?"),
   "stray word": (["x"], "'x': not a flag"),
   "one dash": (
     ["-config.optim.learnig_rate=1"],
@@ -115,7 +115,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     ),
     (
       ["jaxft.export", "--modle", "{export}", "--out", "x"],
-      "--modle: no such flag; did you mean --model?",
+      "--modle: unknown flag; did you mean --model?",
     ),
     (
       ["jaxft.evaluate", "--model", "/nowhere/x", "--data", "{workdir}/metrics.jsonl"],

@@ -386,7 +386,7 @@ def test_mistyped_flag_gets_the_nearest_hint(monkeypatch, spell):
       parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", f"--{spell(name)}=1")
     line = str(refusal.value)
     assert "\n" not in line and line.startswith(
-      f"--{spell(name)}: no such flag; did you mean --"
+      f"--{spell(name)}: unknown flag; did you mean --"
     ), line
     hints.append(line.split("mean --")[1].rstrip("?"))
     assert difflib.SequenceMatcher(None, hints[-1], name).ratio() > 0.8, line
@@ -407,7 +407,7 @@ def test_mistyped_flag_gets_the_nearest_hint(monkeypatch, spell):
   ],
 )
 def test_common_names_suggest_run_clm_flags(monkeypatch, typed, meant):
-  with pytest.raises(RequestError, match=f"--{typed}: no such flag; did you mean --{meant}"):
+  with pytest.raises(RequestError, match=f"--{typed}: unknown flag; did you mean --{meant}"):
     parsed(monkeypatch, "--model_name_or_path=gpt2", f"--{typed}=1")
 
 
@@ -614,7 +614,7 @@ def test_flag_order_does_not_matter(monkeypatch, words):
       "--eval_strategy=steps: needs a number of steps; give --eval_steps too",
     ),
     ("--group_by_length", "leaves no padding"),
-    ("-seed 5", "-seed: no such flag; did you mean --seed"),
+    ("-seed 5", "-seed: unknown flag; did you mean --seed"),
     ("--deepspeed", "--deepspeed: needs a value"),
     ("--config= --seed 3", "--config is missing"),
     (

@@ -124,7 +124,7 @@ def test_evaluate_command_takes_a_layout(folder, stories, monkeypatch, capsys):
   assert found == ready.evaluate(stories, sequence_length=32, layout="pad")
   assert found["loss"] != ready.evaluate(stories, sequence_length=32)["loss"]
   monkeypatch.setattr(sys, "argv", ["jaxft.evaluate", "--workdir", "x", "--layout", "pad"])
-  with pytest.raises(RequestError, match="--layout=pad: requires --data"):
+  with pytest.raises(RequestError, match="--layout=pad: needs --data"):
     evaluate.main()
 
 

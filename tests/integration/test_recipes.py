@@ -360,8 +360,8 @@ def test_invalid_added_tokens_are_refused(small, tmp_path):
     (["--model", small, "--add", "<a>", "<a>"], "--add '<a>': the tokenizer already has"),
     (["--model", small, "--add", tiny.EOS], "the tokenizer already has this token"),
     (["--model", small, "--add", ""], "must be TOKEN or ROLE=TOKEN"),
-    (["--model", small], "--model and --add go together"),
-    (["--data", "x.txt", "--add", "<a>"], "--model and --add go together"),
+    (["--model", small], "--model and --add: use both"),
+    (["--data", "x.txt", "--add", "<a>"], "--model and --add: use both"),
   ):
     done = processes.run("jaxft.tokenizer", *more, "--out", tmp_path / "new", check=2)
     assert message in done.stderr and "Traceback" not in done.stderr
