@@ -26,7 +26,7 @@ def main() -> None:
   arguments = parsers.evaluate().parse_args()
 
   if not arguments.data and not arguments.workdir:
-    raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
+    raise RequestError("--data is missing; name a file, a glob, a folder or hub:NAME")
   if arguments.layout and not arguments.data:
     raise RequestError(
       f"--layout={arguments.layout}: needs --data; the held-out set of a run keeps the run's layout"

@@ -48,7 +48,7 @@ def main() -> None:
     prompts = _read_stdin()
   if not prompts and not interactive:
     raise RequestError(
-      "--prompt is missing: give a text, --prompt_file, or lines on standard input, or run on a "
+      "--prompt is missing; give a text, --prompt_file, or lines on standard input, or run on a "
       "terminal"
     )
   if arguments.use_cpu:

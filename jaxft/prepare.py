@@ -38,7 +38,7 @@ def main() -> None:
   if config.data.sequence_length > source.cfg.P:
     raise RequestError(
       f"config.data.sequence_length={config.data.sequence_length}: "
-      f"the model has {source.cfg.P} positions"
+      f"must be at most {source.cfg.P}, the model's positions"
     )
   tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
   print_line = (lambda line: print(line, file=sys.stderr)) if arguments.json else log

@@ -139,7 +139,7 @@ def parse(
   except Exception as error:  # an invalid override: the parser raises errors of many types
     raise RequestError(_one_line_error(error)) from error
   if rest[1:]:
-    raise RequestError(f"{rest[1]!r}: not a flag; --help lists all flags")
+    raise RequestError(f"{rest[1]!r}: unexpected argument; --help lists all flags")
   if not file:
     raise RequestError("--config is missing; name a file, or a shipped config: --config quickstart")
   config = jaxft.config.normalize(config)

@@ -179,7 +179,7 @@ class ModelParser(Parser):
       self.error(f"--model={model} and --workdir={arguments.workdir}: use only one of the two")
     if model is None and arguments.workdir is None:
       self.error(
-        "--model is missing: set it to a Hugging Face folder or hub id, or set --workdir to a run"
+        "--model is missing; set it to a Hugging Face folder or hub id, or set --workdir to a run"
       )
     if model is not None and _is_workdir(Path(model)):
       print(f"--model={model} is a run; using --workdir={model}", file=sys.stderr)

@@ -353,7 +353,7 @@ class PerDeviceBatch(NamedTuple):
       config.train.batch_size = rows * self.accumulation_steps * devices
     if self.batch_size and self.batch_size != config.train.batch_size:
       raise RequestError(
-        f"--deepspeed: train_batch_size={self.batch_size} is not {rows} rows x "
+        f"--deepspeed: train_batch_size={self.batch_size} is not {rows} sequences x "
         f"{self.accumulation_steps} accumulation steps x {devices} devices; leave one of them out, "
         'or set it to "auto"'
       )
@@ -456,7 +456,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _conflict(word: str) -> ValueError:
-  return ValueError(f"conflicts with {word}; leave one of the two out")
+  return ValueError(f"conflicts with {word}; use only one of the two")
 
 
 class FlagTranslator:
@@ -729,7 +729,7 @@ class FlagTranslator:
   def _resume_from_checkpoint(self, value: str) -> None:
     workdir = self._find_workdir()
     if self._is_given("overwrite_output_dir"):
-      raise ValueError("--overwrite_output_dir starts a new run; leave one of the two out")
+      raise ValueError("--overwrite_output_dir starts a new run; use only one of the two")
     if value.lower() == "false":
       raise ValueError(
         "an existing run is always resumed; use --overwrite_output_dir to start a new one"
@@ -841,7 +841,7 @@ class FlagTranslator:
     words = self._setting_words(BATCH_SETTINGS)
     counted = {PER_DEVICE, ACCUMULATION} & flags.keys()
     if words and counted:
-      raise ValueError(f"{words[0]}: conflicts with a batch per device; leave one of the two out")
+      raise ValueError(f"{words[0]}: conflicts with a batch per device; use only one of the two")
     file_rows, file_steps, batch_size = self._parsed[1:4] if self._parsed else (None, None, None)
     if words and batch_size and not self._setting_words({"train.batch_size"}):
       self.settings["train.batch_size"] = batch_size

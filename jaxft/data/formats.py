@@ -156,7 +156,9 @@ def class_ids(labels: list[str], classes: Sequence[str]) -> list[int]:
   if unnamed and len(numbers) == len(labels) and max(numbers) < len(classes):
     return numbers
   unknown = next(label for label in labels if label not in by_name)
-  raise RequestError(f"label {unknown!r}: the model's classes are {', '.join(map(repr, classes))}")
+  raise RequestError(
+    f"label {unknown!r}: must be one of the model's classes, {', '.join(map(repr, classes))}"
+  )
 
 
 def _parse_nats(columns: Json, data: DataSection) -> float:

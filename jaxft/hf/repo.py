@@ -222,7 +222,7 @@ def download(what: str, hub_id: str, patterns: list[str], revision: str | None =
 def _reject_url(path: str) -> None:
   if not exists(Path(path)) and (url := HUB_URL.fullmatch(path)):
     if url["datasets"]:
-      raise RequestError(f"model {path!r}: this is the URL of a dataset, not of a model")
+      raise RequestError(f"model {path!r}: this is the URL of a data set; give the id of a model")
     raise RequestError(f"model {path!r}: this is a URL; give only the id: {url['id']}")
 
 
@@ -286,7 +286,8 @@ def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoi
     raise RequestError(f"{file}: base_model_name_or_path={base!r} must name the base model")
   if weights and not (folder / ADAPTER_WEIGHTS).is_file():
     raise RequestError(
-      f"{folder}: it has no {ADAPTER_WEIGHTS} (adapter_model.bin is a pickle and is not read)"
+      f"{folder}: it has no {ADAPTER_WEIGHTS} (adapter_model.bin is a pickle and is not read); "
+      "save the adapters as safetensors"
     )
   if weights:
     _check_safe_files(folder, [ADAPTER_WEIGHTS])

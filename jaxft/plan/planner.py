@@ -117,7 +117,9 @@ def _apply_run_config(config: Config, hf_config: Json, cfg: ModelConfig) -> Mode
   """Apply `config` to the architecture; refuse sequences that are too long."""
   T = config.data.sequence_length
   if T > cfg.P:
-    raise RequestError(f"config.data.sequence_length={T}: the model has {cfg.P} positions")
+    raise RequestError(
+      f"config.data.sequence_length={T}: must be at most {cfg.P}, the model's positions"
+    )
   if config.model.head == "classification" and not cfg.classes:
     # The data defines the number of labels, which hardly changes the memory.
     cfg = dataclasses.replace(cfg, classes=2)

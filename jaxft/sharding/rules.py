@@ -138,8 +138,8 @@ def accumulation_steps(train: TrainSection, mesh: Mesh) -> int:
   if train.batch_size % micro_batch or micro_batch % dp_size:
     raise RequestError(
       f"config.train.batch_size={train.batch_size}: must be a multiple of "
-      f"{train.micro_batch_size or 1} rows (config.train.micro_batch_size) x {dp_size} devices "
-      "(config.mesh.data x config.mesh.fsdp)"
+      f"{train.micro_batch_size or 1} sequences (config.train.micro_batch_size) x {dp_size} "
+      "devices (config.mesh.data x config.mesh.fsdp)"
     )
   return train.batch_size // micro_batch
 

@@ -164,7 +164,7 @@ def select_kernel(
     return attention.fastest_kernel(device, dtype, cfg.H)
   has_dropout = cfg.attention_dropout > 0
   if reason := attention.unsupported_reason(name, device, dtype, cfg.H, packed, has_dropout):
-    raise RequestError(f"config.model.attention={name}: {reason}; take auto, or chunked")
+    raise RequestError(f"config.model.attention={name}: {reason}; use auto or chunked")
   return name
 
 

@@ -186,7 +186,9 @@ def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedToke
       f"{config.model.path} --out MERGED"
     )
   if (length := config.data.sequence_length) > P:
-    raise RequestError(f"config.data.sequence_length={length}: the model has {P} positions")
+    raise RequestError(
+      f"config.data.sequence_length={length}: must be at most {P}, the model's positions"
+    )
   tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
   for prompt in config.train.sample_prompts:
     if (length := len(tokenize.encode_prompt(tokenizer, prompt))) >= P:
@@ -211,7 +213,7 @@ def _load_data(
     return data.with_class_ids(classifier.labels), classifier
   if source.cfg.classes:
     path = f"config.model.path={config.model.path!r}"
-    raise RequestError(f"{path} has a classification head; set config.model.head")
+    raise RequestError(f"{path} has a classification head; set config.model.head=classification")
   return data, source
 
 

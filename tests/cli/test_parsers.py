@@ -77,7 +77,7 @@ def test_flag_prefixes_are_rejected(command):
     (["x", "--do_sample=maybe"], "--do_sample: 'maybe': must be True or False"),
     (
       ["--prompt", "x"],
-      "--model is missing: set it to a Hugging Face folder or hub id, or set --workdir to a run",
+      "--model is missing; set it to a Hugging Face folder or hub id, or set --workdir to a run",
     ),
     (["x", "--workdir", "y"], "--model=x and --workdir=y: use only one of the two"),
     (["x", "--model=y"], "MODEL=x and --model=y set the same value; use only one of the two"),

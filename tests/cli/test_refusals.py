@@ -29,7 +29,7 @@ FAULTS = {
   "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
   "broken config": (["--config={tmp}/broken.py"], "broken.py failed: NameError"),
   "mistyped flag": (["--wokdir=x"], "--wokdir: unknown flag; did you mean --workdir?"),
-  "stray word": (["x"], "'x': not a flag"),
+  "stray word": (["x"], "'x': unexpected argument"),
   "one dash": (
     ["-config.optim.learnig_rate=1"],
     "config.optim.learnig_rate: unknown setting",
@@ -111,7 +111,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
     (
       ["jaxft.evaluate", "--data", "x"],
-      "--model is missing: set it to a Hugging Face folder or hub id",
+      "--model is missing; set it to a Hugging Face folder or hub id",
     ),
     (
       ["jaxft.export", "--modle", "{export}", "--out", "x"],

@@ -430,7 +430,8 @@ def test_deepspeed_batch_must_match_devices(monkeypatch, tmp_path, devices, fine
     assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (32, 4)
   else:
     with pytest.raises(
-      RequestError, match="train_batch_size=32 is not 4 rows x 2 accumulation steps x 1 devices"
+      RequestError,
+      match="train_batch_size=32 is not 4 sequences x 2 accumulation steps x 1 devices",
     ):
       found.per_device.apply_to(found.config, devices)
 

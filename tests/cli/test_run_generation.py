@@ -159,7 +159,7 @@ def test_prompts_from_a_pipe(run, ready):
 
 @pytest.mark.parametrize(
   "piped, message",
-  [(b"", "--prompt is missing: "), (b" \n\n", "--prompt is missing: "), (b"\xff", "UTF-8|utf-8")],
+  [(b"", "--prompt is missing; "), (b" \n\n", "--prompt is missing; "), (b"\xff", "UTF-8|utf-8")],
 )
 def test_empty_pipe_is_rejected(run, piped, message):
   with pytest.raises(RequestError, match=message) as refusal:

@@ -428,7 +428,7 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   # What is refused moves nothing, and a link stays one.
   config.data.sequence_length = 4096
   (tmp_path / "link").symlink_to(tmp_path / "run")
-  with pytest.raises(RequestError, match="the model has 71 positions"):
+  with pytest.raises(RequestError, match="must be at most 71, the model's positions"):
     finetune(config, tmp_path / "link", overwrite=True)
   assert load_workdir(tmp_path / "link").run[1] == 1 and not (tmp_path / "run.2").exists()
   # So is a model that cannot be read, and a disk that has no room.

@@ -175,7 +175,7 @@ def test_accuracy_and_f1_match_per_label_counts(theirs, tmp_path):
     assert found["loss"] == pytest.approx(np.mean(np.log(np.exp(logits).sum(-1)) - gold), rel=1e-5)
   file.write_text('{"text": "the cat", "label": "great"}\n')
   with pytest.raises(
-    RequestError, match="label 'great': the model's classes are 'bad', 'so so', 'good'"
+    RequestError, match="label 'great': must be one of the model's classes, 'bad', 'so so', 'good'"
   ):
     ours.evaluate(str(file))
 
@@ -314,7 +314,9 @@ def test_dataset_label_names_match_unnamed_head():
   names = [ClassName("neg", 0), ClassName("pos", 1)]
   assert class_ids(names, ["LABEL_0", "LABEL_1"]) == class_ids(names, ["0", "1"]) == [0, 1]
   assert class_ids(names, ["pos", "neg"]) == [1, 0]
-  with pytest.raises(RequestError, match="label 'neg': the model's classes are 'LABEL_0'"):
+  with pytest.raises(
+    RequestError, match="label 'neg': must be one of the model's classes, 'LABEL_0'"
+  ):
     class_ids(["neg", "pos"], ["LABEL_0", "LABEL_1"])  # of a file that says no numbers
 
 

@@ -515,7 +515,7 @@ def test_hub_url_error_names_the_id():
       "only the id: gpt2"
     )
   assert repo.validate_model("hf://gpt2")[0].endswith("only the id: gpt2")
-  assert "the URL of a dataset" in repo.validate_model("https://huggingface.co/datasets/imdb")[0]
+  assert "the URL of a data set" in repo.validate_model("https://huggingface.co/datasets/imdb")[0]
 
 
 def test_folder_named_like_hub_url_is_local(folder, tmp_path, monkeypatch):

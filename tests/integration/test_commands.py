@@ -297,7 +297,7 @@ def test_prepare_reports_the_data_of_a_run(config_file, finished, tmp_path):
   done = run(
     "jaxft.prepare", "--config", config_file, "--config.data.sequence_length=99999", check=2
   )
-  assert "the model has 71 positions" in done.stderr
+  assert "must be at most 71, the model's positions" in done.stderr
   done = run(
     "jaxft.prepare",
     "--config",

@@ -245,5 +245,7 @@ def test_classification_run_exports_a_classifier(folder, tmp_path):
   again = finetune(config, tmp_path / "on")
   assert again.metrics[0]["eval/loss"] == pytest.approx(run.metrics[-1]["eval/loss"], rel=1e-4)
   file.write_text(file.read_text().replace('"good"', '"fine"'))
-  with pytest.raises(RequestError, match="label 'fine': the model's classes are 'bad', 'good'"):
+  with pytest.raises(
+    RequestError, match="label 'fine': must be one of the model's classes, 'bad', 'good'"
+  ):
     finetune(config, tmp_path / "other")

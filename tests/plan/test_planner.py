@@ -349,7 +349,7 @@ def test_published_models_need_no_network(monkeypatch, tmp_path):
     assert planner.resolve_model_config(published(name)) == model_config.from_hf_config(hf_config)
   cfg = planner.resolve_model_config(published("gpt2"))
   assert planner.resolve_model_config(published("openai-community/gpt2")) == cfg
-  with pytest.raises(RequestError, match="2048: the model has 1024 positions"):
+  with pytest.raises(RequestError, match="2048: must be at most 1024"):
     planner.resolve_model_config(published("gpt2", data__sequence_length=2048))
 
 
