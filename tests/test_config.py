@@ -108,7 +108,7 @@ def test_unknown_setting_suggests_nearest_name(name, near):
     ("train.eval_every", "epochs", "a whole number or epoch"),
     ("data.template", "Answer:", "name of a column in braces"),
     ("model.config_overrides", "n_embd=8", "model.init=scratch"),
-    ("optim.end_learning_rate", 1.0, "above"),
+    ("optim.end_learning_rate", 1.0, "must be at most"),
   ],
 )
 def test_invalid_values_are_named(name, value, message):

@@ -238,7 +238,7 @@ _NO_OPS = _by_flag(
 NO_OPS = {name.partition("=")[0]: reason for name, reason in _NO_OPS.items()}
 NO_OPS_WITH_VALUE = {name.removesuffix("=X") for name in _NO_OPS if name.endswith("=X")}
 ONLY_FALSE = {name.removesuffix("=False") for name in _NO_OPS if name.endswith("=False")}
-# Values that need no note: they are defaults.
+# Values that need no note: they change nothing.
 SILENT_VALUES = {
   "log_level": ("passive",),
   "log_level_replica": ("passive", "warning"),
