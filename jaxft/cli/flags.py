@@ -180,8 +180,8 @@ def _prepare_for_overrides(
       fraction = jaxft.config.BY_NAME[key].default
       set_value(key, fraction)
     print(
-      f"{file}: config.data.validation is ignored, as the command line sets config.data.train; a "
-      f"share of {fraction} of the new text is held out instead (to keep it: "
+      f"{file}: config.data.validation is ignored, because the command line sets "
+      f"config.data.train; a share of {fraction} of the new text is held out instead (to keep it: "
       f"--config.data.validation={held_out[0] if isinstance(held_out, tuple) else held_out})",
       file=sys.stderr,
     )

@@ -534,7 +534,7 @@ class FlagTranslator:
     """Return whether another flag overrides this one."""
     name = self._name
     if name == "num_train_epochs" and _is_step_limit(self._flags.get("max_steps", "-1")):
-      self._note(f"ignored, as --max_steps={self._flags['max_steps']} is given")
+      self._note(f"ignored, because --max_steps={self._flags['max_steps']} is given")
       return True
     if name == "bf16" and not _is_true(self._flags[name]) and self._is_given("fp16"):
       return True
@@ -607,7 +607,7 @@ class FlagTranslator:
       return self._set("optim.warmup_ratio", value)
     self._set_mapped(value)
     if float(_number(self._flags.get("warmup_ratio", "0"))) and int(_integer(value)):
-      self._note(f"ignored, as --warmup_steps={value} is given", "warmup_ratio")
+      self._note(f"ignored, because --warmup_steps={value} is given", "warmup_ratio")
 
   def _warmup_ratio(self, value: str) -> None:
     if not 0 <= float(_number(value)) < 1:
@@ -653,7 +653,7 @@ class FlagTranslator:
 
   def _validation_split_percentage(self, value: str) -> None:
     if "validation_file" in self._flags:
-      return self._note("ignored, as --validation_file is given")
+      return self._note("ignored, because --validation_file is given")
     self._set_mapped(value)
 
   def _max_train_samples(self, value: str) -> None:

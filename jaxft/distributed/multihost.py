@@ -45,8 +45,8 @@ def distributed_context(
     peer_timeout: seconds of silence after which another process counts as lost.
 
   Raises:
-    RequestError: if the processes have different flags.
-    PeerLostError: if a process does not connect within `start_timeout` seconds.
+    RequestError: the processes have different flags.
+    PeerLostError: a process does not connect within `start_timeout` seconds.
   """
   if info is None:
     yield

@@ -44,7 +44,7 @@ def detect_processes(
     None for a single process.
 
   Raises:
-    RequestError: if only some of the values are known, or one is invalid.
+    RequestError: only some of the values are known, or one is invalid.
   """
   if processes == 1:
     return None

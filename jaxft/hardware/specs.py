@@ -216,7 +216,7 @@ def parse_device(name: str) -> Target:
   """Parse a device name such as `h100`, `h100x8`, `v5e:2x4`, `cpu` or `cpux8`.
 
   Raises:
-    RequestError: if the name is unknown, or the number of devices is impossible.
+    RequestError: the name is unknown, or the number of devices is impossible.
   """
   if (kind := name.partition("x")[0].partition(":")[0]) in UNSUPPORTED:
     raise RequestError(f"--device={name!r}: {UNSUPPORTED[kind]}")
@@ -245,7 +245,7 @@ def read_prices(file: Path) -> dict[str, float]:
   """Read hourly prices per device, in any currency: JSON such as {"h100": 2.5}.
 
   Raises:
-    RequestError: if the file is unreadable, a device unknown, or a price not a number.
+    RequestError: the file is unreadable, a device unknown, or a price not a number.
   """
   flag = f"--prices={str(file)!r}"
   try:

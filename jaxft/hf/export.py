@@ -48,7 +48,9 @@ def validate_export(out: Path) -> list[str]:
   """
   what = f"export to {str(out)!r}"
   if not is_encodable(str(out.absolute())):
-    return [f"{what}: its name is not UTF-8, and tokenizers cannot write to it; use another folder"]
+    return [
+      f"{what}: its name is not UTF-8, and tokenizers cannot write to it; name another folder"
+    ]
   try:
     if out.is_symlink() and not out.exists():
       target = os.readlink(out)

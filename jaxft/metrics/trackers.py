@@ -82,7 +82,7 @@ class TrackerGroup:
       writes: true in one process of the run; the others have no trackers.
 
     Raises:
-      StorageError: if the file cannot be written.
+      StorageError: the file cannot be written.
     """
     self._names = enabled_trackers(config.tracking) if writes else []
     self._clients: list[TrackerClient] = []

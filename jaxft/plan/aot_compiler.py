@@ -69,7 +69,7 @@ class Compiler:
     If jaxft or the compiler refuses the config, return {"refused": reason}.
 
     Raises:
-      RequestError: if the compiler is not installed, or its process dies.
+      RequestError: the compiler is not installed, or its process dies.
     """
     target = specs.parse_device(request.device)
     check_compiler_installed(target)

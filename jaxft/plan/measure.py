@@ -48,8 +48,8 @@ def measure_step(
     text: also return the text of the compiled programs, as "text" and "eval_text".
 
   Raises:
-    RequestError: if config and target do not match.
-    jax.errors.JaxRuntimeError: if the compiler fails for another reason than memory.
+    RequestError: config and target do not match.
+    jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
   """
   mesh = make_mesh(config.mesh, specs.compile_devices(target))
   total_steps = max(config.train.steps, 1)

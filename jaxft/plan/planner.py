@@ -53,7 +53,7 @@ def plan_for(
     The plan: "fits", "peak_bytes", "breakdown", "step_seconds_estimate" and more.
 
   Raises:
-    RequestError: if config or device are invalid, or the compiler is not installed.
+    RequestError: config or device are invalid, or the compiler is not installed.
   """
   return plans_for(config, [device], search=search, prices=prices)[0]
 

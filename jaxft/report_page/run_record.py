@@ -155,7 +155,7 @@ def load(workdir: Path) -> RunRecord:
   """Read the files of a run.
 
   Raises:
-    RequestError: if the folder is not the workdir of a run.
+    RequestError: the folder is not the workdir of a run.
   """
   file = workdir / "config.json"
   advice = "give the --workdir of a jaxft.train run"

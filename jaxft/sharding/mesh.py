@@ -27,7 +27,7 @@ def make_mesh(sizes: MeshSection, devices: list[jax.Device] | None = None) -> Me
     devices: default: all devices of the run.
 
   Raises:
-    RequestError: if the sizes need more devices than exist, or do not divide them if one is -1.
+    RequestError: the sizes need more devices than exist, or do not divide them if one is -1.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(sizes, len(devices))

@@ -131,7 +131,7 @@ def accumulation_steps(train: TrainSection, mesh: Mesh) -> int:
   """Return the number of gradient accumulation steps of a batch.
 
   Raises:
-    RequestError: if the sequences do not divide evenly.
+    RequestError: the sequences do not divide evenly.
   """
   dp_size = data_parallel_size(mesh)
   micro_batch = min(train.micro_batch_size * dp_size or train.batch_size, train.batch_size)
@@ -148,7 +148,7 @@ def eval_batch_size(train: TrainSection, mesh: Mesh) -> int:
   """Return the number of sequences of an evaluation batch.
 
   Raises:
-    RequestError: if the devices cannot share them evenly.
+    RequestError: the devices cannot share them evenly.
   """
   dp_size = data_parallel_size(mesh)
   if train.eval_batch_size % dp_size:

@@ -115,7 +115,7 @@ def disable_slice_pass(flags: str) -> str:
   """Return XLA_FLAGS with the faulty pass disabled; kernels compute the indices.
 
   Raises:
-    RequestError: if `flags` is the name of a file.
+    RequestError: `flags` is the name of a file.
   """
   if flags.strip() and not flags.strip().startswith("-"):
     raise RequestError(
@@ -181,7 +181,7 @@ def host_memory_bytes() -> int:
   groups.
 
   Raises:
-    RequestError: if the variable is not a number.
+    RequestError: the variable is not a number.
   """
   if gib := os.environ.get(HOST_MEMORY_ENV):
     try:
@@ -296,7 +296,7 @@ def require_device(platform: str | None) -> None:
     platform: one of REQUIRE_CHOICES; None for any.
 
   Raises:
-    RequestError: if JAX does not start, or uses another platform.
+    RequestError: JAX does not start, or uses another platform.
   """
   validate_require(platform)
   actual, reason = init_backend()
@@ -320,7 +320,7 @@ def init_backend() -> tuple[str, str]:
     The platform ("cpu", "gpu", "tpu"), and the reason if it is unexpectedly the CPU, else "".
 
   Raises:
-    RequestError: if JAX finds no device.
+    RequestError: JAX finds no device.
   """
   with _capture_jax_log() as log:
     try:

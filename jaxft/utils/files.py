@@ -26,7 +26,7 @@ def atomic_write(file: Path, text: str) -> None:
   A kill or a full disk leaves the previous file intact.
 
   Raises:
-    StorageError: if the file cannot be written.
+    StorageError: the file cannot be written.
   """
   partial = file.with_name(file.name + ".partial")
   try:
@@ -61,7 +61,7 @@ def cache_dir(name: str) -> Path:
   """Return XDG_CACHE_HOME/jaxft/NAME, or ~/.cache/jaxft/NAME.
 
   Raises:
-    RequestError: if the user has no home.
+    RequestError: the user has no home.
   """
   try:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / name

@@ -340,7 +340,7 @@ def test_flag_overrides_counterpart_in_file(monkeypatch, tmp_path, capsys, file,
   assert {name: value_of(config, name) for name in wanted} == wanted
   dropped = wanted.get("data.validation") == ()
   assert (
-    "config.data.validation is ignored, as the command line sets config.data.train"
+    "config.data.validation is ignored, because the command line sets config.data.train"
     in capsys.readouterr().err
   ) == dropped
 
