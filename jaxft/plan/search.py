@@ -17,7 +17,7 @@ from jaxft.sharding.mesh import mesh_shape
 from jaxft.training import offload
 from jaxft.utils.types import Json
 
-# Share of the usable memory that a plan must leave free.
+# Share of the usable memory that a plan must leave free: the error that a plan may have.
 MEMORY_MARGIN = 0.05
 NUM_PLANS = 3  # plans to find if the user requests a search; else one, if the config does not fit
 MAX_COMPILES = 10
