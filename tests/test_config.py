@@ -183,7 +183,7 @@ def test_shipped_configs_are_complete_and_explained(file):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   assert jaxft.config.validate(module.get_config()) == []
-  assert f"python -m jaxft.train --config configs/{file.name}" in module.__doc__
+  assert f"jaxft train --config configs/{file.name}" in module.__doc__
 
 
 @pytest.mark.parametrize("setting", jaxft.config.SETTINGS, ids=lambda setting: setting.name)

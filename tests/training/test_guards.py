@@ -264,7 +264,7 @@ def test_resume_refuses_other_model_data_or_optimizer(config, folder, stories, t
   saved_config.write_text(
     json.dumps(json.loads(saved_config.read_text()) | {"layer_norm_epsilon": 0.5})
   )
-  with pytest.raises(RequestError, match="norm_eps is 0.5, and was 1e-05 when the run"):
+  with pytest.raises(RequestError, match="norm_eps is 0.5, but was 1e-05 when the run"):
     load_workdir(tmp_path / "run")
   (model / "config.json").write_text(facts)
   rows = text.read_text()
