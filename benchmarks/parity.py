@@ -57,6 +57,21 @@ biases are left out: they do not
 gradients are sums that nearly cancel.
   Adam divides the remaining rounding error by its own size. GPT-J's head is also such a table, \
 but is counted with the weights.
+
+## Tests
+
+`tests/hf/test_families.py` compares three small models of each family with transformers, with \
+tied and untied heads. Their odd sizes
+distinguish every axis.
+
+- The logits of up to 600 tokens agree within 1e-5, the gradients and the weights after ten AdamW \
+steps within 1e-4.
+- The 64 tokens of greedy decoding are the same.
+- An export of unchanged weights has the same bytes as the import.
+- Tensor names and parameter counts of nine published sizes are exact.
+
+In `tests/plan/test_real_sizes.py`, three AdamW steps of the real 124M shape have the same losses \
+within 1e-4.
 """
 
 

@@ -3,7 +3,7 @@
     jaxft tokenizer --data my_texts/ --vocab_size 16384 --out my_tokenizer
     jaxft train --config configs/gpt2_from_scratch.py --config.data.train=my_texts/
     jaxft plan --config configs/gpt2_from_scratch.py --device rtx4090 \\
-      --config.model.path=gpt2   # without either
+      --config.model.path=gpt2   # needs no text, tokenizer or card
 
 my_tokenizer/config.json is that of GPT-2 124M. For another size, change n_embd, n_layer and n_head
 in it. Weights are drawn as GPT-2's were: 0.02 wide, or 0.02 / sqrt(2 x layers) if they add to the

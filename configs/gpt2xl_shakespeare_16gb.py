@@ -15,7 +15,7 @@ Hardware   one 16 GB GPU and 48 GB of host memory. Weights, gradient and Adam's 
 Length     some 220 steps of 8 x 1024 tokens a pass.
 Bus        44 GB a step to the device and 25 back: 6 s of PCI Express 3 at 80 %. By the plan,
            arithmetic takes 26 s on a T4.
-Expect     not measured yet: it needs the weights and a GPU
+Expect     not measured yet: it needs the weights and a GPU.
 
 The usual recipe is DeepSpeed ZeRO-2 or 3 with CPU offload, 60 GB of host memory, and float16 with a
 loss scale. This config uses bfloat16 if the card has it, and float32 on a T4, so it needs no loss

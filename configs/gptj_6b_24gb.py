@@ -9,7 +9,7 @@ Hardware   one 24 GB GPU and 128 GB of host memory. Weights, gradient and Adam's
 Bus        168 GB a step to the device and 97 back, for any batch size: 12 s of PCI Express 4 at
            80 %. By the plan, arithmetic takes 18 s on an RTX 4090. Each sampled token fetches all
            weights, so samples are short.
-Expect     not measured yet: it needs the weights and a GPU
+Expect     not measured yet: it needs the weights and a GPU.
 
 Less host memory: --config.optim.name=adafactor, 45 GiB; lion with
 --config.optim.state_dtype=bfloat16, 56 GiB. On a smaller card: configs/gptj_6b_8gb.py.

@@ -9,7 +9,7 @@ Hardware   one 8 GB GPU and 128 GB of host memory. Weights, gradient and Adam's 
 Bus        168 GB a step to the device and 97 back, for any batch size: 12 s of PCI Express 4 at
            80 %. By the plan, arithmetic takes 19 s on an RTX 3070. Each sampled token fetches all
            weights, 24 GB, so samples are short.
-Expect     not measured yet: it needs the weights and a GPU
+Expect     not measured yet: it needs the weights and a GPU.
 
 With 96 GB of host memory, use --config.optim.name=adafactor, 45 GiB. With 48 GB, add
 --config.model.param_dtype=bfloat16, 24 GiB. docs/memory.md has a table, and explains why a machine

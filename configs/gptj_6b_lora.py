@@ -8,7 +8,7 @@ Hardware   one 16 GB GPU with bfloat16, where the frozen weights take 11.3 GiB, 
            8 GB: --config.memory.offload=all, which takes 11.4 GiB of host memory in training.
 Result     WORKDIR/adapter, 28 MB, which peft.PeftModel.from_pretrained(model, "WORKDIR/adapter")
            loads. Also WORKDIR/export, a whole model with the adapters merged in.
-Expect     not measured yet: it needs the weights and a GPU
+Expect     not measured yet: it needs the weights and a GPU.
 
 The learning rate is ten times that of full fine-tuning, because adapters start at zero.
 """

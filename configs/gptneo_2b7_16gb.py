@@ -9,7 +9,7 @@ Hardware   one 16 GB GPU and 64 GB of host memory. Weights, gradient and Adam's 
 Bus        75 GB a step to the device and 43 back: 11 s of PCI Express 3 at 80 %. By the plan,
            arithmetic takes 89 s on a T4, which computes float32 in its ordinary cores. A card with
            bfloat16 is several times as fast.
-Expect     not measured yet: it needs the weights and a GPU
+Expect     not measured yet: it needs the weights and a GPU.
 
 Half of GPT-Neo's layers look back 256 tokens only. The model sets that, not this config. Less host
 memory: --config.optim.name=adafactor, 20 GiB.

@@ -1,4 +1,4 @@
-"""Errors that end a command, each with its exit code (README, "Exit codes")."""
+"""Errors that end a command, each with its exit code (docs/reference/workdir.md)."""
 
 import contextlib
 import io

@@ -16,13 +16,13 @@ def main() -> None:
   arguments = parsers.report().parse_args()
 
   workdirs = arguments.workdirs
+  records = [run_record.load(workdir) for workdir in workdirs]
   several = len(workdirs) > 1
   out = arguments.out or (Path("comparison.html") if several else workdirs[0] / "report.html")
   if out.is_dir():
     raise RequestError(f"--out={str(out)!r}: a folder; give the name of a file")
   if not out.parent.is_dir():
     raise RequestError(f"--out={str(out)!r}: no such folder; create {str(out.parent)!r}")
-  records = [run_record.load(workdir) for workdir in workdirs]
   atomic_write(out, comparison.render(records) if several else run_page.render(records[0]))
   for record in records:
     for note in record.notes:

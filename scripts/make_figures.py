@@ -103,8 +103,8 @@ def legend(drawing: Drawing, x: float, y: float, entries: Iterable[tuple[str, st
 
 
 def batch() -> str:
-  """The way of a batch, from a source to an update."""
-  drawing = Drawing("The way of a batch: source, example, tokens, sequences; batch, loss, update")
+  """The path of a batch, from a source to an update."""
+  drawing = Drawing("The path of a batch: source, example, tokens, sequences; batch, loss, update")
   W, H, GAP = 168, 150, 29
   at = lambda i: ((i % 4) * (W + GAP), (i // 4) * (H + 92))
   steps = [

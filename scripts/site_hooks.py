@@ -1,4 +1,4 @@
-"""What mkdocs does besides: pages from outside docs/, links out of docs/, and the package diagram.
+"""Hooks of mkdocs: pages from outside docs/, links out of docs/, and the package diagram.
 
 The pages are written for a reader of the repository. Here their links to other files of it become
 names of files, and CHANGELOG.md and CONTRIBUTING.md become pages.

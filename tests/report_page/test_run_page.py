@@ -581,7 +581,7 @@ def test_damaged_files_are_noted(tmp_path, files, message):
 def test_report_of_no_workdir_is_one_line_error(tmp_path):
   for folder, problem in ((tmp_path / "none", "no such folder"), (tmp_path, "has no config.json")):
     done = processes.run("jaxft.report", folder, check=2)
-    assert problem in done.stderr and done.stderr.count("\n") == 1
+    assert f"{folder}: {problem}" in done.stderr and done.stderr.count("\n") == 1
   (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
   with pytest.raises(RequestError, match="no settings of jaxft.train"):
     run_record.load(tmp_path)
