@@ -38,8 +38,7 @@ def build_report(
       "read": manifest["read"],
       "trained": len(train) - train_stats.empty,
       "held_out": len(validation) - validation_stats.empty - tails,
-      "dropped": manifest["dropped"]
-      | ({"the prompt leaves no room in a row": empty} if empty else {}),
+      "dropped": manifest["dropped"] | ({"the prompt fills the sequence": empty} if empty else {}),
     },
     "tokens": {
       "read": len(train.ids) + len(validation.ids),

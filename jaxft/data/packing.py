@@ -46,7 +46,7 @@ class ConcatDataset:
     self.stats = PackingStats(
       filled=len(tokens.ids) - dropped,
       eos_targets=len(tokens) if not len(tokens.labels_N) else 0,
-      dropped={"rows of nothing but prompt": dropped} if dropped else {},
+      dropped={"sequences with only prompt tokens": dropped} if dropped else {},
     )
 
   def __len__(self) -> int:
@@ -183,7 +183,7 @@ class PackedDataset:
       eos_targets=sum(span.stop == int(starts[span.example + 1]) for span in used),
       overlong=int(overlong_N.sum()),
       empty=len(spans) - len(used),
-      dropped={"cut to the length of a row": dropped} if dropped else {},
+      dropped={"truncated to the sequence length": dropped} if dropped else {},
     )
     order = best_fit(columns, T) if pack else [[i] for i in range(len(used))]
     self._rows = [[used[i] for i in row] for row in order]
@@ -232,7 +232,7 @@ class ClassificationDataset:
       filled=len(tokens.ids) - dropped,
       eos_targets=0,
       overlong=int((excess_N > 0).sum()),
-      dropped={"cut to the length of a row": dropped} if dropped else {},
+      dropped={"truncated to the sequence length": dropped} if dropped else {},
     )
 
   def __len__(self) -> int:

@@ -304,7 +304,7 @@ def _data(record: RunRecord) -> Html | None:
   facts = [
     ("read from", format_setting(record.config.get("data.train"), MAX_VALUE_CHARS)),
     ("held out", _held_out(record)),
-    ("rows of tokens", _labelled_counts(report, "sequences", sequences)),
+    ("sequences", _labelled_counts(report, "sequences", sequences)),
     (
       "tokens per document",
       _labelled_counts(report, "tokens_per_row", {k: k for k in LENGTH_KEYS}),

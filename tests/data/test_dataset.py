@@ -225,7 +225,7 @@ def test_report_has_lengths_padding_duplicates(tokenizer, tmp_path):
     len(tokenizer(text)["input_ids"]) + 1 for text in ["cat", "cat", "dog " * 30, "a", "b", "cat"]
   ]
   cut = max(lengths) - 16
-  assert found["tokens"]["dropped"] == {"cut to the length of a row": 2 * cut}
+  assert found["tokens"]["dropped"] == {"truncated to the sequence length": 2 * cut}
   assert found["duplicates"] == 8 and found["longer_than_a_sequence"] == {
     "rows": 1,
     "share": 0.1667,
@@ -330,7 +330,7 @@ def test_prompt_that_fills_the_row_is_counted(tokenizer, tmp_path):
     "read": 4,
     "trained": 1,
     "held_out": 1,
-    "dropped": {"the prompt leaves no room in a row": 2},
+    "dropped": {"the prompt fills the sequence": 2},
   }
   assert found["tokens"]["read"] == sum(
     found["tokens"][name] for name in ("trained", "held_out")
