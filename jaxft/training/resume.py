@@ -115,7 +115,7 @@ def _masked_rows_note(saved: Json, current: Json, step: int) -> str:
   passed = min(step * current["rows_of_step"], current["rows_in_all"]) - rows
   if passed <= 0:
     return ""
-  return f"; one epoch lacks {format_count(passed, 'row')}, masked by the shorter run"
+  return f"; one epoch lacks {format_count(passed, 'sequence')}, masked by the shorter run"
 
 
 def restore_best(

@@ -377,7 +377,7 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   )
   assert "| steps | 4 of 1 sequence of 32 tokens |" in (run.export / "README.md").read_text()
   assert (
-    "config.train.batch_size=8: the training text fills only 1 row, so each step uses all of it"
+    "config.train.batch_size=8: the training text fills only 1 sequence, so each step uses all of it"
     in output
   )
   assert (

@@ -121,7 +121,7 @@ def check_warnings(log, config, report):
   """Of what such little data changes: each line where it happens, and nowhere else."""
   rows, steps = report["sequences"]["trained"], report["steps_in_all"]
   batch, warmup = config.train.batch_size, config.optim.warmup_steps
-  fills = f"config.train.batch_size={batch}: the training text fills only {rows} row"
+  fills = f"config.train.batch_size={batch}: the training text fills only {rows} sequence"
   assert (fills in log) == ("config.train.batch_size=" in log) == (rows < batch)
   shorter = f"config.optim.warmup_steps={warmup}: more than the {steps} step"
   assert (shorter in log) == ("config.optim.warmup_steps=" in log) == (warmup > steps)
