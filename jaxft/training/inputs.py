@@ -229,7 +229,8 @@ def small_data_warnings(config: Config, data: PreparedData, total_steps: int) ->
   if rows < train.batch_size:
     lines.append(
       f"config.train.batch_size={train.batch_size}: the training text fills only "
-      f"{format_count(rows, 'sequence')}, so each step uses all of it and masks the rest of the batch"
+      f"{format_count(rows, 'sequence')}, so each step uses all of it and masks the rest of the "
+      "batch"
     )
   if config.optim.warmup_steps > total_steps:
     steps = optimizer.warmup_steps(config.optim, total_steps)
@@ -263,7 +264,7 @@ def _data_summary(report: Json, rows: int) -> str:
   dropped = ", ".join(f"{reason}: {n:,}" for reason, n in documents["dropped"].items() if n)
   return (
     f"{format_count(documents['trained'], 'document')} with "
-    f"{format_count(tokens['trained'], 'token')} to train on, in {format_count(rows, 'sequence')} of "
-    f"{report['sequence_length']}; {held_out} with {format_count(tokens['held_out'], 'token')} "
+    f"{format_count(tokens['trained'], 'token')} to train on, in "
+    f"{format_count(rows, 'sequence')} of {report['sequence_length']}; {held_out} with {format_count(tokens['held_out'], 'token')} "
     "held out" + (f"; dropped: {dropped}" if dropped else "")
   )

@@ -371,14 +371,14 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   run = finetune(config, tmp_path / "run")
   output = capsys.readouterr().out
   assert re.search(
-    r"1 document with \d+ tokens to train on, in 1 row of 32; "
+    r"1 document with \d+ tokens to train on, in 1 sequence of 32; "
     r"the ends of 1 document with \d tokens held out;",
     output,
   )
   assert "| steps | 4 of 1 sequence of 32 tokens |" in (run.export / "README.md").read_text()
   assert (
-    "config.train.batch_size=8: the training text fills only 1 sequence, so each step uses all of it"
-    in output
+    "config.train.batch_size=8: the training text fills only 1 sequence, so each step uses all "
+    "of it" in output
   )
   assert (
     "config.optim.warmup_steps=50: more than the 4 steps of the run; "
@@ -493,7 +493,7 @@ def test_longer_run_reports_rows_it_has_passed(step, saved_rows, expected):
   about = {"rows_in_all": 266, "rows_of_step": 16}
   note = resume._masked_rows_note(meta, about, step)
   assert (
-    (f"one epoch lacks {expected} rows, masked by the shorter run" in note)
+    (f"one epoch lacks {expected} sequences, masked by the shorter run" in note)
     if expected
     else note == ""
   )
