@@ -265,6 +265,7 @@ def _data_summary(report: Json, rows: int) -> str:
   return (
     f"{format_count(documents['trained'], 'document')} with "
     f"{format_count(tokens['trained'], 'token')} to train on, in "
-    f"{format_count(rows, 'sequence')} of {report['sequence_length']}; {held_out} with {format_count(tokens['held_out'], 'token')} "
-    "held out" + (f"; dropped: {dropped}" if dropped else "")
+    f"{format_count(rows, 'sequence')} of {report['sequence_length']}; {held_out} with "
+    f"{format_count(tokens['held_out'], 'token')} held out"
+    + (f"; dropped: {dropped}" if dropped else "")
   )
