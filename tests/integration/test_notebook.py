@@ -137,6 +137,7 @@ c.model.path = {str(folder)!r}
 c.data.train, c.data.validation = ({str(stories)!r},), ()
 c.data.sequence_length, c.train.epochs, c.train.steps = 32, 0.0, 3
 c.train.batch_size, c.train.micro_batch_size = 8, 0
+c.train.sample_prompts, c.train.sample_tokens = ("Once upon",), 4
 """
   file = pages.ROOT / "examples" / f"{name}.ipynb"
   (require,) = re.findall(r'REQUIRE = "\w+"', file.read_text().replace(r"\"", '"'))
