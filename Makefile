@@ -49,7 +49,9 @@ lint: $(VENV)/installed-dev  ## style, types and prose
 	$(VENV)/bin/python scripts/prose.py
 
 wheel: $(VENV)/installed-dev  ## build an sdist, and a wheel from it, into dist/
-	$(VENV)/bin/python -m build --no-isolation
+	@mkdir -p dist
+	$(VENV)/bin/python -m build --no-isolation > dist/build.log || { cat dist/build.log; exit 1; }
+	@echo "pip install $$(ls -t dist/*.whl | head -1)"
 
 docs: $(VENV)/installed-docs  ## build the documentation site into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict

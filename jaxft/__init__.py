@@ -12,11 +12,15 @@ jaxft.plan_for(c, "h100x8")["fits"]  # needs no such device
 import importlib
 import sys
 
+from jaxft.utils import logger
+
 if sys.argv[0] == "-m" and any(word.startswith("jaxft.") for word in sys.orig_argv):
   # `python -m jaxft.X` imports this package first. A plain `import jaxft` does not run this.
   from jaxft.cli import startup
 
   startup.begin_command()
+
+logger.configure()
 
 __version__ = "0.1.0"
 __all__ = ["finetune", "load", "load_config", "plan_for"]

@@ -15,6 +15,9 @@ def main() -> None:
   """
   name, *words = sys.argv[1:] or [""]
   if name == "quickstart":
+    if {*commands.HELP} & {*words}:
+      print(commands.QUICKSTART_HELP, end="")
+      return
     name, words = "train", ["--config", "quickstart", *words]
   if name in commands.COMMANDS:
     sys.orig_argv = [commands.SCRIPT, name, *words]  # usage texts and reports have this command

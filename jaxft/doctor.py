@@ -72,13 +72,12 @@ def main() -> None:
   except RequestError as error:
     errors.append(str(error))
   except Exception as error:
-    errors.append(
-      f"jax and flax do not start ({first_line(error)}): pip install --force-reinstall jaxft"
-    )
+    errors.append(f"jax and flax do not start ({first_line(error)}): reinstall jaxft")
   ram = psutil.virtual_memory()
   add_row("memory", f"{ram.available / 2**30:.1f} GiB available of {ram.total / 2**30:.1f} GiB")
   add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
-  Console(soft_wrap=True, highlight=False).print(table)
+  width = None if sys.stdout.isatty() else 200  # commands to copy stay on one line in a pipe
+  Console(soft_wrap=True, highlight=False, width=width).print(table)
   for message in errors:
     print(f"error: {message}", file=sys.stderr)
   sys.exit(2 if errors else 0)

@@ -41,14 +41,15 @@ def main() -> None:
     raise RequestError("\n".join(lines))
   model = load_model(arguments)
   if arguments.data:
-    for name in ("text_column", "label_column", "layout"):
+    for name in ("text_column", "label_column", "layout", "encoding", "on_bad_row"):
       if value := getattr(arguments, name):
         settings[name] = value
     like = None
     if arguments.workdir:
       like = jaxft.config.load_run_config(Path(arguments.workdir) / "config.json").data
       settings["sequence_length"] = arguments.sequence_length or like.sequence_length
-    result = model.evaluate(*arguments.data, like=like, **settings)
+    with parsers.data_flags():
+      result = model.evaluate(*arguments.data, like=like, **settings)
   else:
     result = model.evaluate_held_out(**settings)
   if arguments.json:

@@ -41,7 +41,7 @@ def main() -> None:
     prompts = prompts + _read_prompt_file(Path(arguments.prompt_file))
     if not prompts:
       raise RequestError(
-        f"--prompt_file {arguments.prompt_file!r}: contains no prompts; write one per line"
+        f"--prompt_file={arguments.prompt_file!r}: contains no prompts; write one per line"
       )
   interactive = not prompts and sys.stdin.isatty() and not arguments.json
   if not prompts and not sys.stdin.isatty():
@@ -221,8 +221,11 @@ def _check_model_type(model_type: str, checkpoint: repo.HFCheckpoint) -> None:
 def _read_prompt_file(file: Path) -> list[str]:
   try:
     return _split_prompts(file.read_text(encoding="utf-8-sig"))
-  except (OSError, UnicodeDecodeError) as error:
-    raise RequestError(f"--prompt_file {str(file)!r}: {error}") from error
+  except OSError as error:
+    reason = (error.strerror or str(error)).lower()
+    raise RequestError(f"--prompt_file={str(file)!r}: {reason}; name a text file") from error
+  except UnicodeDecodeError as error:
+    raise RequestError(f"--prompt_file={str(file)!r}: is not UTF-8; convert it") from error
 
 
 def _read_stdin() -> list[str]:

@@ -19,7 +19,8 @@ from jaxft.data.packing import PackedRow
 from jaxft.errors import RequestError, run_command
 from jaxft.hf import base_model, repo
 from jaxft.hf.tokenizer import fingerprint, load_tokenizer
-from jaxft.utils.console import ProgressBar, escape_controls, log
+from jaxft.utils.console import ProgressBar, escape_controls
+from jaxft.utils.logger import log
 from jaxft.utils.types import Json
 
 PREVIEW_ROWS = 3
@@ -58,7 +59,7 @@ def main() -> None:
   console.print(_table(report))
   decode = lambda ids: escape_controls(str(tokenizer.decode(ids)))
   for i in np.linspace(0, len(data.train) - 1, min(PREVIEW_ROWS, len(data.train))).astype(int):
-    console.print(Text(f"\nrow {i}, learned in green, not learned in gray:", style="bold"))
+    console.print(Text(f"\nsequence {i}, learned in green, not learned in gray:", style="bold"))
     console.print(_preview(data.train[i], decode, data.labels))
 
 

@@ -126,14 +126,20 @@ def main() -> None:
     print(f"{names}; {out}: {format_parity(parity)}")
     print(_describe_roles(tokenizer))
     return
-  data = DataSection(train=tuple(arguments.data), text_column=arguments.text_column)
+  data = DataSection(
+    train=tuple(arguments.data),
+    text_column=arguments.text_column,
+    encoding=arguments.encoding or "utf-8",
+    on_bad_row=arguments.on_bad_row or "error",
+  )
   if lines := sources.validate_sources(data):
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
   unused = Counter()
   print_line = lambda line: print(line, file=sys.stderr)
   examples = read_examples(data.train, "train", data, unused, unused, print_line)
   texts = (example.text for example in examples)
-  num_tokens = train_tokenizer(texts, arguments.vocab_size, out).get_vocab_size()
+  with parsers.data_flags():
+    num_tokens = train_tokenizer(texts, arguments.vocab_size, out).get_vocab_size()
   print(
     f"{num_tokens:,} tokens in {out}/tokenizer.json; {out}/config.json is a GPT-2 124M with this "
     "vocabulary. For another size, edit its n_embd, n_layer, n_head and n_positions. Train with "

@@ -36,8 +36,9 @@ from jaxft.training.stages import BuiltRun
 from jaxft.training.train_state import TrainState
 from jaxft.training.workdir import check_not_an_input, hold_workdir, overwrite_workdir
 from jaxft.utils import backend
-from jaxft.utils.console import console, log
+from jaxft.utils.console import console
 from jaxft.utils.files import write_json
+from jaxft.utils.logger import log
 from jaxft.utils.redact import redact
 from jaxft.utils.types import Json
 

@@ -30,6 +30,7 @@ GIB = 2**30
 WIDTH = 760
 # Light and dark: text, quiet text, lines, panels, and five fills on which `text` is readable.
 COLORS = {
+  "ground": ("#ffffff", "#16181c"),
   "text": ("#1c2024", "#e6e8eb"),
   "quiet": ("#5b6168", "#a2a8b0"),
   "line": ("#9aa1a9", "#6b7178"),
@@ -91,7 +92,9 @@ class Drawing:
       '<marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
       'orient="auto"><path d="M0 0L8 4L0 8z" class="line"/></marker>'
     )
-    parts = [f"<title>{escape(self.title)}</title>", style(), f"<defs>{marker}</defs>"]
+    # Without a ground, the text of one color scheme is lost on a page of the other.
+    ground = f'<rect width="{self.width}" height="{height:g}" class="ground"/>'
+    parts = [f"<title>{escape(self.title)}</title>", style(), f"<defs>{marker}</defs>", ground]
     return "\n".join([head, *parts, *self._parts, "</svg>", ""])
 
 
@@ -390,7 +393,9 @@ def fits(page: str) -> str:
   first = "Bold: the largest micro-batch, in sequences of 1,024 tokens (GPT-2) or 2,048."
   drawing.text(LEFT, y + 24, first, "s q")
   drawing.text(LEFT, y + 42, "Below it: the peak memory of one device, as compiled.", "s q")
-  drawing.text(LEFT, y + 60, "—: no micro-batch fits while gradients accumulate.", "s q")
+  drawing.text(
+    LEFT, y + 60, "—: does not fit with gradient accumulation; gptj_6b_v5e8 fits without it.", "s q"
+  )
   return drawing.svg(y + 70)
 
 

@@ -116,11 +116,9 @@ def render(shown: list[tuple[float, float | None, str, str]]) -> str:
     y = MARGIN + 22 + LINE * (row + 0.75)
     name = "stay" if end is None else "flash"
     length = 0.01 if end is None else end - start
-    style = (
-      f"animation:{name} {length:.2f}s linear {start:.2f}s {'forwards' if end is None else ''}"
-    )
+    style = f"animation:{name} {length:.2f}s linear {start:.2f}s {'both' if end is None else ''}"
     parts.append(
-      f'<text x="{MARGIN:g}" y="{y:.1f}" fill="{COLORS[kind]}" style="{style}">'
+      f'<text class="{name}" x="{MARGIN:g}" y="{y:.1f}" fill="{COLORS[kind]}" style="{style}">'
       f"{html.escape(line)}</text>"
     )
   dots = "".join(
@@ -130,12 +128,11 @@ def render(shown: list[tuple[float, float | None, str, str]]) -> str:
   return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">
 <title>{COMMAND}: a small GPT-2 is fine-tuned and exported</title>
 <style>
-text {{ font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre; \
-opacity: 0 }}
-@keyframes stay {{ to {{ opacity: 1 }} }}
+text {{ font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre }}
+text.flash {{ opacity: 0 }}
+@keyframes stay {{ from {{ opacity: 0 }} to {{ opacity: 1 }} }}
 @keyframes flash {{ from, to {{ opacity: 1 }} }}
-@media (prefers-reduced-motion: reduce) {{ text {{ animation-duration: 0s !important; \
-animation-delay: 0s !important }} }}
+@media (prefers-reduced-motion: reduce) {{ text {{ animation: none !important }} }}
 </style>
 <rect width="{width:g}" height="{height:g}" rx="10" fill="#0d1117"/>
 {dots}

@@ -16,6 +16,7 @@ import argparse
 import ast
 import dataclasses
 import io
+import json
 import re
 import sys
 import tokenize
@@ -33,6 +34,7 @@ LIMITS = {
   "comments": (None, None, 4),
 }
 README_WORDS = 1000
+SUFFIXES = (".md", ".py", ".ipynb")
 
 # Each is correct English; many of them together read like a translation. The right column says
 # what to write instead.
@@ -89,10 +91,18 @@ def sentences(path: Path, line: int, block: str):
       yield piece
 
 
-def markdown(path: Path):
-  """Yield the sentences of a Markdown file."""
+def notebook(path: Path):
+  """Yield the sentences of the Markdown cells; lines count from the start of a cell."""
+  for cell in json.loads(path.read_text())["cells"]:
+    if cell["cell_type"] == "markdown":
+      yield from markdown(path, "".join(cell["source"]))
+
+
+def markdown(path: Path, text: str | None = None):
+  """Yield the sentences of a Markdown file, or of a text in it."""
   block, start, in_code = [], 0, False
-  for number, line in enumerate([*path.read_text().splitlines(), ""], 1):
+  text = path.read_text() if text is None else text
+  for number, line in enumerate([*text.splitlines(), ""], 1):
     if line.lstrip().startswith(("```", "~~~")):
       in_code = not in_code
       line = ""
@@ -110,6 +120,8 @@ def markdown(path: Path):
       continue
     start = start if block else number
     block.append(re.sub(r"^\s*([-*+>]|\d+\.|!!! \w+)\s", "", line))
+  if in_code:
+    sys.exit(f"error: {path}: a code block is not closed")
 
 
 def paragraphs(path: Path, line: int, text: str):
@@ -180,6 +192,8 @@ def collect(paths: list[Path]):
       kinds["README"] += markdown(path)
     elif path.suffix == ".md":
       kinds["docs"] += markdown(path)
+    elif path.suffix == ".ipynb":
+      kinds["docs"] += notebook(path)
     elif path.suffix == ".py":
       for kind, piece in python(path):
         kinds[kind].append(piece)
@@ -188,12 +202,15 @@ def collect(paths: list[Path]):
 
 def files(names: list[str]) -> list[Path]:
   if not names:
-    names = ["README.md", "docs", "CONTRIBUTING.md", "CHANGELOG.md", "jaxft"]
+    names = ["README.md", "docs", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "jaxft"]
+    names += ["configs", "examples"]
   found = []
   for name in names:
-    path = (ROOT / name) if not Path(name).is_absolute() else Path(name)
-    found += sorted(it for it in path.rglob("*") if it.suffix in {".md", ".py"}) or [path]
-  return [it for it in found if it.is_file()]
+    path = ROOT / name  # an absolute path stays what it is
+    if not path.exists():
+      sys.exit(f"error: {path}: no such file")
+    found += sorted(it for it in path.rglob("*") if it.suffix in SUFFIXES) or [path]
+  return found
 
 
 def measure(pieces: list[Piece]) -> tuple[float, int, float]:
@@ -233,7 +250,7 @@ def main() -> int:
     worst = sorted(pieces, key=lambda it: (len(it.markers), it.words), reverse=True)[: args.worst]
     for it in worst:
       found = ", ".join(it.markers) or "-"
-      print(f"{it.path.relative_to(ROOT)}:{it.line}: {it.words} words, {found}: {it.text[:300]}")
+      print(f"{it.path}:{it.line}: {it.words} words, {found}: {it.text[:300]}")
     if args.worst:
       common = Counter(marker for piece in pieces for marker in piece.markers).most_common(12)
       print(f"{kind}: " + ", ".join(f"{marker} {count}" for marker, count in common))

@@ -19,7 +19,14 @@ COMMANDS = {
   "tokenizer": "tokenizer.py",
   "doctor": "doctor.py",
 }
-QUICKSTART = "Fine-tune the small model that jaxft includes, offline, in three minutes"
+QUICKSTART = "Fine-tune the small model that jaxft includes: offline, three to six minutes"
+QUICKSTART_HELP = f"""jaxft quickstart [--workdir DIR] [--config.a.b=value ...]
+
+{QUICKSTART}.
+
+The same as `jaxft train --config quickstart`: it takes the flags of `jaxft train`, and resumes a
+stopped run. The run is in runs/quickstart: report.html shows it, export/ has the model.
+"""
 HELP = ("-h", "--help")
 VERSION = ("-V", "--version")
 # For bash, and for zsh after `autoload bashcompinit; bashcompinit`.
@@ -75,6 +82,8 @@ def version() -> str:
 
 def suggestion(word: str) -> str:
   """Return the error for a first word that is not a command."""
+  if word.startswith("-") and (near := _nearest(word, [*HELP, *VERSION])):
+    return f"{word!r}: unknown flag; did you mean {near}?"
   if word.startswith("-"):
     return f"{word!r}: name a command before the flags, such as: jaxft train {word}"
   near = _nearest(word, [*COMMANDS, "quickstart"])

@@ -61,6 +61,8 @@ def parse_train() -> TrainArguments:
   sys.argv[1:], per_device = run_clm.translate(_join_values(sys.argv[1:]), own_flags)
   values = parse(usage.TRAIN, BOOL_FLAGS, STR_FLAGS, int_flags)
   default_workdir = f"runs/{Path(values.config_name).stem}"
+  if values.workdir == "":
+    raise RequestError("--workdir is empty; name a folder, or leave the flag out for the default")
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
@@ -172,6 +174,9 @@ def _prepare_for_overrides(
       is_set = one in overrides and (one.startswith("optim.") or overrides[one].strip("0.") != "")
       if is_set and other not in overrides and other in from_file:
         set_value(other, jaxft.config.BY_NAME[other].default)
+  nats_column = "data.nats_column"
+  if "data.train" in overrides and nats_column in from_file.keys() - overrides.keys():
+    set_value(nats_column, "")  # the column of the config's data
   held_out = from_file.get("data.validation")
   if "data.train" in overrides and "data.validation" not in overrides and held_out:
     key = "data.validation_fraction"
@@ -274,6 +279,8 @@ def _load_config(path: Path, texts: list[str]) -> ConfigDict:
   sys.modules[loader.name] = module  # dataclasses look up their module here
   try:
     loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise RequestError("has no get_config(); define one that returns a ConfigDict")
     config = module.get_config(*texts)
   except RequestError as error:  # of jaxft.config.resolve, with a line for each setting
     lines = str(error).splitlines()

@@ -1,11 +1,12 @@
 """Argument parsers of commands without a config; this module does not import jax."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from jaxft.utils.files import expand_user
 
 DTYPES = ("float32", "bfloat16", "float16")  # `jaxft.hf.export_tensors.EXPORT_DTYPES`
 LAYOUTS = ("concat", "pack", "pad")  # `config.data.layout`
+BAD_ROW_CHOICES = ("error", "skip")  # `config.data.on_bad_row`
 DEVICES = ("gpu", "tpu")  # `jaxft.utils.backend.REQUIRE_CHOICES`
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -84,7 +86,12 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     """Raise RequestError instead of printing the usage."""
-    raise RequestError(message.removeprefix("argument "))
+    message = message.removeprefix("argument ")
+    if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
+      message = f"{missing[1]} is missing; --help shows what it is for"
+    message = re.sub(r": invalid int value: '(.*)'$", r"='\1': must be a whole number", message)
+    message = re.sub(r": invalid float value: '(.*)'$", r"='\1': must be a number", message)
+    raise RequestError(message)
 
   def _set(self, arguments: argparse.Namespace, name: str, value: object, alias: str) -> None:
     current = getattr(arguments, name)
@@ -275,6 +282,27 @@ def _add_transformers_flags(parser: Parser) -> None:
       parser.add_alias(name, other)
 
 
+@contextlib.contextmanager
+def data_flags() -> Generator[None]:
+  """Make errors about data name the flags of `_add_data_flags`, not the settings of a run."""
+  try:
+    yield
+  except RequestError as error:
+    text = str(error)
+    for name in ("encoding", "on_bad_row", "text_column", "label_column"):
+      text = re.sub(rf"(?:--)?config\.data\.{name}\b", f"--{name}", text)
+    raise RequestError(text) from error
+
+
+def _add_data_flags(parser: Parser) -> None:
+  parser.add_argument("--encoding", help="encoding of text, JSON and CSV files (default: utf-8)")
+  parser.add_argument(
+    "--on_bad_row",
+    choices=BAD_ROW_CHOICES,
+    help="error: stop at a row that is not text; skip: leave it out (default: error)",
+  )
+
+
 def evaluate() -> ModelParser:
   """Make the parser of `jaxft.evaluate`."""
   parser = ModelParser(
@@ -294,6 +322,7 @@ def evaluate() -> ModelParser:
     "--label_column",
     help="column that holds the label, for a classifier (default: as in the run, or label)",
   )
+  _add_data_flags(parser)
   add(
     "--layout",
     choices=LAYOUTS,
@@ -382,6 +411,7 @@ def tokenizer() -> Parser:
     "existing token that role",
   )
   add("--text_column", default="text", help="column that holds the text (default: text)")
+  _add_data_flags(parser)
   add("--vocab_size", type=int, default=16384, help="vocabulary size (default: 16384)")
   add("--out", required=True, type=expand_user, metavar="FOLDER", help="output folder; must be new")
   return parser

@@ -258,6 +258,9 @@ def _read_text(
 ) -> Iterator[RawRow]:
   """Yield the file as one row, or one row for each part between separators."""
   content = stream.read()
+  if not content and not options.separator:
+    yield RawRow(location, {}, "the file is empty")
+    return
   separator = options.separator
   notes[".txt files with \\r\\n, which is kept"] += b"\r\n" in content
   documents = content.split(separator.encode()) if separator else [content]

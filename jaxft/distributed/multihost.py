@@ -22,8 +22,9 @@ from jaxft.distributed.rendezvous import ProcessInfo
 from jaxft.distributed.watchdog import Watchdog, install_abort_handler
 from jaxft.errors import JaxftError, Preempted, RequestError, print_error
 from jaxft.utils import jax_private
-from jaxft.utils.console import console, log
+from jaxft.utils.console import console
 from jaxft.utils.files import atomic_write
+from jaxft.utils.logger import log
 
 START_TIMEOUT, PEER_TIMEOUT = 300, 60  # seconds
 # All processes make the same calls in the same order, so the counter agrees between them.

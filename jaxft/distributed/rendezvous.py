@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jaxft.errors import PeerLostError, RequestError, first_line
 from jaxft.utils import jax_private
-from jaxft.utils.console import log
+from jaxft.utils.logger import log
 
 REQUIRED_FLAGS = "several processes need --coordinator, --num_processes, --process_id"
 

@@ -250,8 +250,10 @@ def read_prices(file: Path) -> dict[str, float]:
   flag = f"--prices={str(file)!r}"
   try:
     prices = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise RequestError(f"{flag}: {first_line(error)}") from error
+  except OSError as error:
+    raise RequestError(f"{flag}: {(error.strerror or str(error)).lower()}") from error
+  except ValueError as error:
+    raise RequestError(f"{flag}: is not JSON: {first_line(error)}") from error
   if not isinstance(prices, dict):
     raise RequestError(f'{flag}: must be a JSON object such as {{"h100": 2.5, "v5e": 1.2}}')
   known = ("cpu", *GPUS, *TPUS)

@@ -215,7 +215,7 @@ def download(what: str, hub_id: str, patterns: list[str], revision: str | None =
   except Exception as error:  # hub and network errors share no class
     raise RequestError(
       f"{what}: not a local folder, and the download from the hub failed ({first_line(error)}); "
-      "check the id, or give a folder"
+      "check the id, or give a folder; the model of --config quickstart needs no network"
     ) from error
 
 

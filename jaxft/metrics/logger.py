@@ -14,7 +14,8 @@ from jaxft.config import TrainSection
 from jaxft.errors import NumericsError
 from jaxft.metrics.sinks import Kind, Sink
 from jaxft.metrics.system import SystemMetrics, peak_memory_bytes
-from jaxft.utils.console import ProgressBar, console, log
+from jaxft.utils.console import ProgressBar, console
+from jaxft.utils.logger import log
 from jaxft.utils.types import Json
 
 OnStep: TypeAlias = Callable[[int, dict[str, float]], None]  # a user's function: step, metrics

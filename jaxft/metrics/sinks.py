@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 from jaxft.errors import StorageError
-from jaxft.utils.console import log
 from jaxft.utils.files import atomic_write, write_failure
+from jaxft.utils.logger import log
 from jaxft.utils.types import Json
 
 Kind: TypeAlias = Literal["metrics", "samples"]

@@ -28,8 +28,8 @@ from jaxft.config import Config, TrackingSection
 from jaxft.config_checks import TRACKERS
 from jaxft.errors import Preempted, first_line
 from jaxft.metrics.sinks import JsonlSink, Kind
-from jaxft.utils.console import log
 from jaxft.utils.files import atomic_write
+from jaxft.utils.logger import log
 from jaxft.utils.redact import redact
 from jaxft.utils.types import Json
 

@@ -166,9 +166,9 @@ def time_span(record: RunRecord) -> str | None:
   parse = datetime.datetime.fromisoformat
   try:
     started = parse(starts[0]["at"])
-    text = started.strftime("%d %B %Y, %H:%M UTC").lstrip("0")
+    text = "started " + started.strftime("%d %B %Y, %H:%M UTC").lstrip("0")
     if len(starts) > 1:
-      return f"{text}; started {len(starts)} times"
+      return f"{text}, and {len(starts) - 1} more times"
     if not isinstance(ended, str):
       return text
     return f"{text}; took {format_duration(int((parse(ended) - started).total_seconds()))}"

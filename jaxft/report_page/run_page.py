@@ -106,7 +106,9 @@ def _tiles(record: RunRecord) -> Html | None:
   ]
   shares = [record.memorized_share(when) for when in ("before", "after")]
   if percents := [format_percent(it) for it in shares if it is not None]:
-    tiles.append(("memorized 8-grams", " → ".join(percents), "of the samples"))
+    tiles.append(
+      ("memorized 8-grams", " → ".join(percents), "of the samples, also in the training text")
+    )
   if (floor := _entropy_floor(record)) is not None:
     tiles.append(("entropy floor", format_number(floor), None))
   if tokens := record.points("train/tokens"):

@@ -23,7 +23,8 @@ from jaxft.metrics.trackers import missing_packages
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import optimizer
 from jaxft.training.workdir import check_not_an_input
-from jaxft.utils.console import ProgressBar, log
+from jaxft.utils.console import ProgressBar
+from jaxft.utils.logger import log
 from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 

@@ -22,7 +22,8 @@ from jaxft.training.profiler import Profiler
 from jaxft.training.stages import BuiltRun
 from jaxft.training.train_state import TrainState
 from jaxft.training.train_step import TrainStepFn, nonfinite_leaf_names
-from jaxft.utils.console import ProgressBar, log
+from jaxft.utils.console import ProgressBar
+from jaxft.utils.logger import log
 from jaxft.utils.types import Json
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from jaxft.errors import first_line
-from jaxft.utils.console import log
+from jaxft.utils.logger import log
 from jaxft.utils.types import PyTree
 
 

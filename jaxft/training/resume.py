@@ -9,12 +9,12 @@ from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, CheckpointS
 from jaxft.config import Config
 from jaxft.errors import CheckpointReadError, RequestError, StorageError
 from jaxft.model.config import RUN_FIELDS
-from jaxft.utils.console import log
+from jaxft.utils.logger import log
 from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
 LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # change only the length of a run
-OTHER_WORKDIR = "name another --workdir"
+OTHER_WORKDIR = "name another --workdir, or start anew with --overwrite_output_dir"
 WAYS_OUT = "restore its settings, name another --workdir, or pass --allow_change"
 
 

@@ -16,8 +16,8 @@ from jaxft.errors import StorageError, first_line
 from jaxft.metrics.system import peak_memory_source
 from jaxft.training.memory import host_bytes
 from jaxft.training.stages import BuiltRun
-from jaxft.utils.console import log
 from jaxft.utils.files import read_json_object, write_json
+from jaxft.utils.logger import log
 from jaxft.utils.redact import redact
 from jaxft.utils.types import Json
 

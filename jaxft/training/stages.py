@@ -26,8 +26,8 @@ from jaxft.training.resume import check_same_run, restore_latest
 from jaxft.training.train_state import TrainState
 from jaxft.training.trainable import num_params
 from jaxft.training.workdir import check_disk_space
-from jaxft.utils.console import log
 from jaxft.utils.files import atomic_write
+from jaxft.utils.logger import log
 from jaxft.utils.types import Json, Params
 
 

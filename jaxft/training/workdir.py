@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 from jaxft.distributed import multihost
 from jaxft.errors import RequestError, StorageError
 from jaxft.training.preemption import PreemptionHandler
-from jaxft.utils.console import log
 from jaxft.utils.files import atomic_write, write_failure
+from jaxft.utils.logger import log
 
 LOCK_FILES = ("run.lock", "run.lock.json")
 RUN_FILES = ("checkpoints", "metrics.jsonl", "config.json", "report.html", "export")

@@ -14,8 +14,8 @@ import jax
 
 from jaxft.errors import RequestError, first_line
 from jaxft.utils import environment, jax_private
-from jaxft.utils.console import warn
 from jaxft.utils.files import cache_dir
+from jaxft.utils.logger import warn
 
 GIB = 2**30
 # Without this flag the compiler of libtpu 0.0.42 overflows a stack on GPT-2 with dropout and four

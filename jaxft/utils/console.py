@@ -1,6 +1,5 @@
-"""The console: log lines, progress bars, and escaping of control characters."""
+"""The console: progress bars, and escaping of control characters."""
 
-import contextlib
 import errno
 import logging
 import os
@@ -41,39 +40,6 @@ class RunConsole(Console):
 console = RunConsole(soft_wrap=True, highlight=False)
 
 
-class ConsoleHandler(logging.Handler):
-  """Prints log records: warnings on standard error, all others on the console."""
-
-  def emit(self, record: logging.LogRecord) -> None:
-    """Print a record without markup and control characters: it may quote users' files."""
-    text = escape_controls(record.getMessage())
-    # The log may be on a full disk. This must not end the run while its own files can be written.
-    with contextlib.suppress(OSError):
-      if record.levelno >= logging.WARNING:
-        print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
-      else:
-        console.print(text, markup=False)
-
-
-# Users of the library silence it by its level, and redirect it by other handlers.
-logger = logging.getLogger("jaxft")
-if not logger.handlers:
-  logger.addHandler(ConsoleHandler())
-  logger.propagate = False  # absl and notebooks have a handler at the root
-  if logger.level == logging.NOTSET:
-    logger.setLevel(logging.INFO)
-
-
-def log(text: str) -> None:
-  """Log a line for the user at level INFO."""
-  logger.info("%s", text)
-
-
-def warn(text: str) -> None:
-  """Log a line for the user at level WARNING."""
-  logger.warning("%s", text)
-
-
 def escape_controls(text: str) -> str:
   """Escape control characters except newline and tab; some control a terminal."""
   return "".join(
@@ -93,7 +59,7 @@ class ProgressBar:
       TimeRemainingColumn(),
       TextColumn("{task.fields[note]}"),
     )
-    hidden = not console.live or not logger.isEnabledFor(logging.INFO)
+    hidden = not console.live or not logging.getLogger("jaxft").isEnabledFor(logging.INFO)
     self._bar = Progress(*columns, console=console, transient=True, disable=hidden)
     self._task = self._bar.add_task(label, total=total, completed=done, note="")
 

@@ -412,3 +412,21 @@ def test_exclusive_flags_are_rejected(monkeypatch, tmp_path):
   assert jaxft.config.validate(config) == [
     "config.train.steps=8 and config.train.epochs=3.0: set exactly one of the two"
   ]
+
+
+def test_file_without_get_config_and_empty_workdir_are_named(monkeypatch, tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text("x = 1")
+  with pytest.raises(RequestError, match=r"mine.py: has no get_config\(\); define one"):
+    flags.load_config(str(file))
+  monkeypatch.setattr(sys, "argv", ["train", "--config", "quickstart", "--workdir", ""])
+  with pytest.raises(RequestError, match="--workdir is empty; name a folder"):
+    flags.parse_train()
+
+
+def test_entropy_column_of_a_config_is_not_looked_for_in_other_text(monkeypatch):
+  argv = ["train", "--config", "quickstart", "--config.data.train=mine.txt"]
+  monkeypatch.setattr(sys, "argv", argv)
+  assert flags.parse_train().config.data.nats_column == ""
+  monkeypatch.setattr(sys, "argv", [*argv, "--config.data.nats_column=entropy"])
+  assert flags.parse_train().config.data.nats_column == "entropy"

@@ -2,10 +2,13 @@
 
 import json
 import random
+import re
 import shutil
+import sys
 
 import pytest
 
+import jaxft.tokenizer
 from jaxft.cli import parsers
 from jaxft.errors import RequestError
 
@@ -73,7 +76,7 @@ def test_flag_prefixes_are_rejected(command):
     (["--top_", "3"], "--top_: unknown flag; did you mean --top_k or --top_p?"),
     (["--config.model.path=x"], "--config.model.path: unknown flag; --help lists all flags"),
     (["x", "y"], "'y': unexpected argument; use --prompt for text to complete"),
-    (["x", "--top_k", "many"], "--top_k: invalid int value: 'many'"),
+    (["x", "--top_k", "many"], "--top_k='many': must be a whole number"),
     (["x", "--do_sample=maybe"], "--do_sample: 'maybe': must be True or False"),
     (
       ["--prompt", "x"],
@@ -195,3 +198,27 @@ def test_model_flag_accepts_a_workdir(command, tmp_path, capsys):
     found = getattr(parsers, command)().parse_args([str(other), *more])
     assert (found.model, found.workdir) == (str(other), None) and capsys.readouterr().err == ""
     shutil.rmtree(other)
+
+
+def test_errors_about_data_name_flags_that_exist(monkeypatch, tmp_path):
+  """`evaluate` and `tokenizer` have no settings: their errors name their own flags."""
+  file = tmp_path / "latin.txt"
+  file.write_bytes("Zoë met a cat in the café.".encode("latin-1"))
+  out = tmp_path / "tokenizer"
+  argv = ["tokenizer", "--data", str(file), "--out", str(out), "--vocab_size", "300"]
+  monkeypatch.setattr(sys, "argv", argv)
+  with pytest.raises(RequestError) as error:
+    jaxft.tokenizer.main()
+  assert "config." not in str(error.value)
+  named = set(re.findall(r"--\w+", str(error.value)))
+  assert named == {"--encoding", "--on_bad_row"}
+  for parser in (parsers.tokenizer(), parsers.evaluate()):
+    assert named <= parser._option_string_actions.keys()
+  monkeypatch.setattr(sys, "argv", [*argv, "--encoding", "latin-1"])
+  jaxft.tokenizer.main()
+  assert (out / "tokenizer.json").is_file()
+
+
+def test_missing_argument_is_named():
+  with pytest.raises(RequestError, match="^--out is missing"):
+    parsers.export().parse_args(["--model", "x"])

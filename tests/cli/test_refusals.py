@@ -161,7 +161,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     ),
     (
       ["jaxft.generate", "--model", "{export}", "--prompt_file", "nowhere"],
-      "--prompt_file 'nowhere'",
+      "--prompt_file='nowhere': no such file or directory",
     ),
     (
       ["jaxft.export", "--workdir", "{workdir}", "--out", "x", "--step", "7"],

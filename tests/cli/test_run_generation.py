@@ -169,7 +169,7 @@ def test_empty_pipe_is_rejected(run, piped, message):
 
 def test_empty_prompt_file_is_rejected(run, tmp_path):
   (tmp_path / "none.txt").write_text(" \n\n")
-  with pytest.raises(RequestError, match="--prompt_file '.*none.txt': contains no prompts"):
+  with pytest.raises(RequestError, match="--prompt_file='.*none.txt': contains no prompts"):
     run("--prompt_file", tmp_path / "none.txt", piped=b"a cat")
 
 

@@ -121,7 +121,7 @@ BAD = [
   ("a.jsonl", '{"text": "a\\ud800b"}\n', "row 1: column 'text' is not UTF-8"),
   ("a.jsonl", b'{"text": "\xff"}\n', "row 1: not UTF-8 .invalid start byte at byte 10"),
   ("a.txt", b"\xff\xfd", "a.txt: not UTF-8 .invalid start byte at byte 0"),
-  ("a.txt", b"", "a.txt: column 'text' is empty"),
+  ("a.txt", b"", "a.txt: the file is empty"),
   ("a.csv", "body,title\nx,y\n", "row 1: no column 'text'"),
   ("a.csv", b"text\nfine\n\xff\n", "row 2: column 'text' is not UTF-8"),
   ("a.csv", "x,text\n1\n", "row 1: no column 'text'"),

@@ -41,3 +41,11 @@ def test_docstrings_messages_and_comments_are_counted_apart(tmp_path):
   kinds = {line.split()[0]: line.split()[1:3] for line in stdout.splitlines()[1:]}
   assert kinds == {"messages": ["1", "7"], "docstrings": ["1", "6"], "comments": ["1", "9"]}
   assert code == 1 and "messages" in stderr and "docstrings" not in stderr
+
+
+def test_missing_files_and_open_code_blocks_are_errors(tmp_path):
+  assert check(tmp_path / "none.md")[0] == 1
+  file = tmp_path / "page.md"
+  file.write_text("```\ncode\n\nThe memory is told before any of it is taken.\n")
+  code, _, stderr = check(file)
+  assert code == 1 and "is not closed" in stderr

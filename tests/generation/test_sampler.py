@@ -623,5 +623,5 @@ def test_prompt_file_has_one_prompt_a_line(tmp_path):
     " café",
   ]
   (tmp_path / "f").write_bytes(b"caf\xe9")
-  with pytest.raises(RequestError, match="--prompt_file '.*f': 'utf-8' codec"):
+  with pytest.raises(RequestError, match="--prompt_file='.*f': is not UTF-8"):
     generate._read_prompt_file(tmp_path / "f")

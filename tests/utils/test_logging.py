@@ -1,11 +1,13 @@
 """Library users silence and redirect what jaxft prints, by `logging.getLogger("jaxft")`."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
 import jaxft
-from jaxft.utils.console import log, warn
+from jaxft.utils.logger import log, warn
 
 LOGGER = logging.getLogger("jaxft")
 
@@ -49,3 +51,23 @@ def test_handler_gets_the_lines_of_a_run(logger, config, tmp_path, capsys):
   assert any(line.startswith("step 1/1") for line in lines)
   assert any(line.startswith("report: ") for line in lines)
   assert {record.levelname for record in records} == {"INFO"}
+
+
+def test_handler_of_a_user_gets_lines_whenever_it_is_added(config, tmp_path):
+  """Also right after `import jaxft`, before anything is logged; and propagation stays as set."""
+  program = """
+import logging, sys
+import jaxft
+logger = logging.getLogger("jaxft")
+logger.addHandler(logging.FileHandler("log.txt"))
+logger.propagate = True
+logging.basicConfig(filename="root.txt", level=logging.INFO)
+from jaxft.utils.logger import log
+log("a line")
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+  )
+  assert done.stdout == "a line\n" and done.stderr == ""
+  assert (tmp_path / "log.txt").read_text() == "a line\n"
+  assert (tmp_path / "root.txt").read_text() == "INFO:jaxft:a line\n"
