@@ -290,7 +290,8 @@ def test_repeated_flags_are_several_sources(config_file, stories, tmp_path):
 def test_prepare_reports_the_data_of_a_run(config_file, finished, tmp_path):
   done = run("jaxft.prepare", "--config", config_file)
   assert (
-    "read 120, trained 108, held out 12" in done.stdout and "row 0, learned in green" in done.stdout
+    "read 120, trained 108, held out 12" in done.stdout
+    and "sequence 0, learned in green" in done.stdout
   )
   found = json.loads(run("jaxft.prepare", "--config", config_file, "--json").stdout)
   assert found == json.loads((finished[0] / "data_report.json").read_text())

@@ -200,7 +200,7 @@ def test_costs_come_from_price_table(tmp_path):
     ('{"h100": "2.5"}', "'h100' costs '2.5'"),
     ('{"h100": NaN}', "'h100' costs nan"),
     ("[2.5]", "must be a JSON object"),
-    ("{", "prices.json': Expecting"),
+    ("{", "prices.json': is not JSON: Expecting"),
   ):
     file.write_text(text)
     with pytest.raises(RequestError, match=message):
