@@ -205,7 +205,7 @@ def test_costs_come_from_price_table(tmp_path):
     file.write_text(text)
     with pytest.raises(RequestError, match=message):
       specs.read_prices(file)
-  with pytest.raises(RequestError, match="No such file"):
+  with pytest.raises(RequestError, match="no such file"):
     specs.read_prices(tmp_path / "none.json")
 
 
