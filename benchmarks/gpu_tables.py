@@ -33,7 +33,7 @@ Line = dict[str, Any]
 # Of parts of benchmarks/gpu_parts.py that take a step of a config's own model, offload and remat.
 STANDS_FOR = {"gptj": "gptj_6b_8gb.py", "neo": "gptneo_2b7_16gb.py"}
 UNMEASURED = re.compile(
-  r"^Expect     not measured yet: it needs the weights and a GPU$", re.MULTILINE
+  r"^Expect     not measured yet: it needs the weights and a GPU\.$", re.MULTILINE
 )
 
 
@@ -141,7 +141,7 @@ def write_config(file: Path, result: str) -> None:
   if not UNMEASURED.search(text):
     return print(f"{file} says something else already; this was measured: {result}")
   wrapped = textwrap.fill(
-    f"Expect     {result}", 124, subsequent_indent=" " * 11, break_on_hyphens=False
+    f"Expect     {result}.", 100, subsequent_indent=" " * 11, break_on_hyphens=False
   )
   file.write_text(UNMEASURED.sub(lambda _: wrapped, text, count=1), encoding="utf-8")
   print(f"wrote {file}: {result}")
