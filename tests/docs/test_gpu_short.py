@@ -75,7 +75,7 @@ def tried(out, names):
   assert {
     line["name"]: line["code"] for line in found if line["benchmark"] == "part"
   } == dict.fromkeys(names, 0)
-  assert {line["device"] for line in found if "device" in line} == {"cpu"}
+  assert {line["device"] for line in found if "device" in line} <= {"cpu"}  # "warm" has none
   return out
 
 
@@ -94,6 +94,7 @@ def test_each_part_runs_with_tiny_shapes(tiny):
   log = (tiny / "logs.txt").read_text()
   assert "smoke | exported to" in log and "machine | jax " in log
   found = {line["benchmark"]: line for line in lines(tiny / "results.jsonl")}
+  assert any(line.get("device") == "cpu" for line in found.values())
   assert {"run", "part", "section", "attention", "offload", "gaps"} <= found.keys()
   assert found["offload"]["step_seconds"] > 0 and found["offload"]["planned_peak_bytes"] > 0
   assert not HAS_TORCH or found["agree"]["verdict"] == "agrees"
