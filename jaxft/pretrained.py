@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +46,7 @@ from jaxft.training.init import merge_params
 from jaxft.training.train_state import shardings_of
 from jaxft.utils.backend import configure_jax, device_memory_bytes, require_device
 from jaxft.utils.files import exists, is_encodable
+from jaxft.utils.logger import warn
 from jaxft.utils.types import Json, Params
 
 
@@ -232,7 +232,7 @@ class Pretrained:
     config = dataclasses.replace(like, **changes)
     names = tuple(map(str, data))
     unused = collections.Counter()  # evaluation does not report these counts
-    examples = read_examples(names, "validation", config, unused, unused, _print_stderr)
+    examples = read_examples(names, "validation", config, unused, unused, warn)
     text = tokenize.encode_in_memory(examples, self.tokenizer, self.labels)
     if not len(text):
       raise RequestError(f"data source {names}: has no rows")
@@ -515,10 +515,6 @@ def _base_model(
   model = config.model
   path = _resolve_path(model.path, workdir, record) if record.get("local_model") else model.path
   return repo.resolve(path, model.revision, weights=weights, torch_bin=model.torch_bin)
-
-
-def _print_stderr(line: str) -> None:
-  print(line, file=sys.stderr)
 
 
 def _resolve_sources(data: DataSection, workdir: Path, record: Json) -> DataSection:

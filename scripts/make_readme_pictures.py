@@ -76,8 +76,8 @@ def _wrapped(lines: list[str]) -> list[tuple[str, str]]:
     if line.lstrip().startswith(("[before]", "[after]")):
       kind = "before" if "[before]" in line else "after"
       samples += 1
-      kept = textwrap.wrap(line.strip(), COLUMNS - 4)[:2] if samples == 1 else []
-      shown += [(kind, f"  {it}") for it in kept]
+      teaser = textwrap.wrap(line.strip(), COLUMNS - 4)[:2] if samples == 1 else []
+      shown += [(kind, f"  {it}") for it in teaser]
     elif line.startswith("  ") and kind in ("before", "after"):
       continue  # the rest of a sample
     else:

@@ -67,7 +67,7 @@ def escaped(text: str) -> str:
   for code in CODE.finditer(text):
     pieces += [quote(text[end : code.start()]), f"`{code[0]}`"]
     end = code.end()
-  if "`" in text:  # it has marks of its own
+  if "`" in text:  # backticks would end inline code
     return quote(text)
   return "".join([*pieces, quote(text[end:])])
 
