@@ -61,7 +61,7 @@ import jaxft
 logger = logging.getLogger("jaxft")
 logger.addHandler(logging.FileHandler("log.txt"))
 logger.propagate = True
-logging.basicConfig(filename="root.txt", level=logging.INFO)
+logging.basicConfig(filename="root.txt")
 from jaxft.utils.logger import log
 log("a line")
 """
